@@ -1,0 +1,259 @@
+use proptest::prelude::*;
+use treeboot_block::Geometry;
+use treeboot_types::Iqn;
+
+use super::reservation::InitiatorPort;
+use super::*;
+
+fn unit(read_only: bool, thin: bool) -> LogicalUnit {
+    let identity = Identity {
+        target: Iqn::new("iqn.a:t").unwrap(),
+        serial: "S1".into(),
+        product: "disk".into(),
+        ident: [7; 16],
+    };
+    let geometry = Geometry {
+        bytes: 1 << 20,
+        block_bytes: 512,
+        physical_block_bytes: 4096,
+        read_only,
+        thin,
+    };
+    LogicalUnit::new(0, identity, geometry)
+}
+
+fn port(number: u8) -> InitiatorPort {
+    InitiatorPort {
+        name: Iqn::new("iqn.a:i").unwrap(),
+        isid: [number; 6],
+    }
+}
+
+/// A nexus that has heard of the power-on.
+fn ready(unit: &LogicalUnit, number: u8) -> std::sync::Arc<Nexus> {
+    let nexus = unit.attach(port(number));
+    assert_eq!(plan(unit, &nexus, &[0]), Action::Check(Sense::POWER_ON));
+    nexus
+}
+
+fn plan(unit: &LogicalUnit, nexus: &Nexus, cdb: &[u8]) -> Action {
+    let mut whole = [0; 16];
+    whole[..cdb.len()].copy_from_slice(cdb);
+    unit.plan(nexus, &whole, &[0, 1])
+}
+
+#[test]
+fn reads_of_all_lengths_name_the_same_bytes() {
+    let unit = unit(false, true);
+    let nexus = ready(&unit, 1);
+    let expected = Action::Read {
+        offset: 512 * 3,
+        bytes: 1024,
+    };
+    for cdb in [
+        &[0x08, 0, 0, 3, 2, 0][..],
+        &[0x28, 0, 0, 0, 0, 3, 0, 0, 2, 0],
+        &[0x28, 0x18, 0, 0, 0, 3, 0, 0, 2, 0],
+        &[0xa8, 0, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0],
+        &[0x88, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0],
+    ] {
+        assert_eq!(plan(&unit, &nexus, cdb), expected, "{cdb:x?}");
+    }
+    let six = plan(&unit, &nexus, &[0x08, 0, 0, 0, 0, 0]);
+    assert_eq!(
+        six,
+        Action::Read {
+            offset: 0,
+            bytes: 256 * 512
+        }
+    );
+}
+
+#[test]
+fn what_lies_outside_or_is_reserved_is_refused() {
+    let unit = unit(false, false);
+    let nexus = ready(&unit, 1);
+    let last = [0x28, 0, 0, 0, 7, 0xff, 0, 0, 2, 0];
+    assert_eq!(plan(&unit, &nexus, &last), Action::Check(Sense::LBA_OUT_OF_RANGE));
+    let huge = [
+        0x88, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 0, 0,
+    ];
+    assert_eq!(plan(&unit, &nexus, &huge), Action::Check(Sense::LBA_OUT_OF_RANGE));
+    let protect = [0x28, 0x20, 0, 0, 0, 0, 0, 0, 1, 0];
+    assert_eq!(
+        plan(&unit, &nexus, &protect),
+        Action::Check(Sense::cdb_field(1, Some(7)))
+    );
+    let reserved = [0x28, 0x01, 0, 0, 0, 0, 0, 0, 1, 0];
+    assert_eq!(
+        plan(&unit, &nexus, &reserved),
+        Action::Check(Sense::cdb_field(1, Some(0)))
+    );
+    assert_eq!(plan(&unit, &nexus, &[0xc0]), Action::Check(Sense::INVALID_OPCODE));
+    // UNMAP exists only where it does something.
+    assert_eq!(
+        plan(&unit, &nexus, &[0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0]),
+        Action::Check(Sense::INVALID_OPCODE)
+    );
+}
+
+#[test]
+fn a_read_only_unit_refuses_every_write_and_says_so_in_mode_sense() {
+    let unit = unit(true, true);
+    let nexus = ready(&unit, 1);
+    for cdb in [
+        &[0x0a, 0, 0, 0, 1, 0][..],
+        &[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+        &[0x2e, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+        &[0x41, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+        &[0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0],
+        &[0x89, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
+    ] {
+        assert_eq!(
+            plan(&unit, &nexus, cdb),
+            Action::Check(Sense::WRITE_PROTECTED),
+            "{cdb:x?}"
+        );
+    }
+    let Action::Data(modes) = plan(&unit, &nexus, &[0x1a, 0, 0x3f, 0, 255, 0]) else {
+        panic!()
+    };
+    assert_eq!(modes[2] & 0x80, 0x80);
+}
+
+#[test]
+fn a_reserve_shuts_others_out_until_its_session_ends() {
+    let unit = unit(false, false);
+    let (a, b) = (ready(&unit, 1), ready(&unit, 2));
+    assert_eq!(plan(&unit, &a, &[0x16]), Action::Good);
+    assert_eq!(plan(&unit, &b, &[0x16]), Action::Conflict);
+    assert_eq!(plan(&unit, &b, &[0x00]), Action::Conflict);
+    assert_eq!(plan(&unit, &b, &[0x17]), Action::Good);
+    assert_eq!(plan(&unit, &b, &[0x00]), Action::Conflict);
+    unit.detach(&a);
+    assert_eq!(plan(&unit, &b, &[0x00]), Action::Good);
+}
+
+fn reserve_out(unit: &LogicalUnit, nexus: &Nexus, action: u8, kind: u8, key: u64, new: u64) -> bool {
+    let mut parameters = [0; 24];
+    parameters[..8].copy_from_slice(&key.to_be_bytes());
+    parameters[8..16].copy_from_slice(&new.to_be_bytes());
+    let out = reservation::Out {
+        action,
+        scope: 0,
+        kind,
+    };
+    unit.reserve_out(nexus, out, &parameters).is_ok()
+}
+
+#[test]
+fn a_write_exclusive_reservation_lets_others_read_and_outlives_the_session() {
+    let unit = unit(false, false);
+    let (a, b) = (ready(&unit, 1), ready(&unit, 2));
+    let read = [0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    let write = [0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    assert!(reserve_out(&unit, &a, 0, 0, 0, 0xa));
+    assert!(!reserve_out(&unit, &a, 1, 1, 0xb, 0), "a wrong key");
+    assert!(reserve_out(&unit, &a, 1, 1, 0xa, 0));
+    assert!(matches!(plan(&unit, &b, &read), Action::Read { .. }));
+    assert_eq!(plan(&unit, &b, &write), Action::Conflict);
+    unit.detach(&a);
+    assert_eq!(plan(&unit, &b, &write), Action::Conflict);
+    // Preempted, the old holder is told, and shut out in turn.
+    assert!(reserve_out(&unit, &b, 0, 0, 0, 0xb));
+    let a = ready(&unit, 1);
+    assert!(reserve_out(&unit, &b, 4, 1, 0xb, 0xa));
+    assert_eq!(
+        plan(&unit, &a, &[0]),
+        Action::Check(Sense::REGISTRATIONS_PREEMPTED)
+    );
+    assert_eq!(plan(&unit, &a, &write), Action::Conflict);
+    assert!(matches!(plan(&unit, &b, &write), Action::Out { .. }));
+}
+
+proptest! {
+    #[test]
+    fn no_cdb_and_no_parameters_make_a_unit_panic(
+        cdb in any::<[u8; 16]>(),
+        parameters in prop::collection::vec(any::<u8>(), 0..64),
+        thin in any::<bool>(),
+        known in any::<prop::sample::Index>(),
+    ) {
+        let unit = unit(false, thin);
+        let nexus = ready(&unit, 1);
+        let mut cdb = cdb;
+        for round in 0..2 {
+            if let Action::Out { then, bytes } = unit.plan(&nexus, &cdb, &[0]) {
+                prop_assert!(bytes <= unit::MAX_TRANSFER_BYTES);
+                match then {
+                    OutAction::Unmap => drop(unit.unmap_ranges(&parameters)),
+                    OutAction::ModeSelect { long } => drop(unit.mode_select(&nexus, long, &parameters)),
+                    OutAction::Reserve { action, scope, kind } => {
+                        let out = reservation::Out { action, scope, kind };
+                        drop(unit.reserve_out(&nexus, out, &parameters));
+                    }
+                    _ => {}
+                }
+            }
+            if round == 0 {
+                // Again with only bits that the command knows.
+                let entry = known.get(opcodes::TABLE);
+                cdb.iter_mut().zip(entry.usage).for_each(|(byte, mask)| *byte &= mask);
+                cdb[0] = entry.opcode;
+                if let Some(action) = entry.action {
+                    cdb[1] = cdb[1] & 0xe0 | action;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_planned_transfer_lies_within_the_device(lba in any::<u64>(), count in any::<u32>(), near in 0u64..3000) {
+        let unit = unit(false, true);
+        let nexus = ready(&unit, 1);
+        for lba in [lba, near] {
+            let mut cdb = [0; 16];
+            cdb[0] = 0x88;
+            cdb[2..10].copy_from_slice(&lba.to_be_bytes());
+            cdb[10..14].copy_from_slice(&(count % 4096).to_be_bytes());
+            let fits = lba.checked_add(u64::from(count % 4096)).is_some_and(|end| end <= 2048);
+            match unit.plan(&nexus, &cdb, &[0]) {
+                Action::Read { offset, bytes } => {
+                    prop_assert!(fits && offset + bytes <= 1 << 20);
+                }
+                Action::Good => prop_assert_eq!(count % 4096, 0),
+                _ => prop_assert!(!fits),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_table_of_commands_is_sorted_and_each_of_its_commands_parses() {
+    let keys: Vec<_> = opcodes::TABLE.iter().map(|e| (e.opcode, e.action)).collect();
+    assert!(keys.is_sorted());
+    for entry in opcodes::TABLE {
+        let mut cdb = [0; 16];
+        cdb[0] = entry.opcode;
+        cdb[1] = entry.action.unwrap_or(0);
+        assert_ne!(
+            Command::parse(&cdb, true),
+            Err(Sense::INVALID_OPCODE),
+            "{:#x}",
+            entry.opcode
+        );
+    }
+}
+
+#[test]
+fn sense_data_prints_as_it_parses() {
+    let sense = Sense {
+        information: Some(5),
+        ..Sense::MISCOMPARE
+    };
+    let printed = sense.fixed();
+    assert_eq!(printed[3..7], [0, 0, 0, 5]);
+    assert_eq!(Sense::parse(&printed), Some(Sense::MISCOMPARE));
+    assert_eq!(Sense::parse(&sense.descriptor()), Some(Sense::MISCOMPARE));
+    assert_eq!(Sense::parse(&printed[..5]), None);
+}

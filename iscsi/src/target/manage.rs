@@ -1,0 +1,280 @@
+//! What is no SCSI command: pings, task management, text requests, logout.
+
+use super::connection::{Abortion, Connection, End, Task, TaskKind};
+use super::registry::Order;
+use crate::login::{MAX_REQUEST_TEXT_BYTES, PORTAL_GROUP_TAG, append_key, parse_keys};
+use crate::pdu::{
+    Bhs, LogoutRequest, LogoutResponse, NO_TAG, NopIn, NopOut, Pdu, TaskFunction, TaskManagementRequest,
+    TextRequest, TextResponse, reject_reason, task_response,
+};
+
+impl Connection {
+    pub(super) fn nop(&mut self, nop: &NopOut, data: &[u8], counted: bool) {
+        self.over(counted);
+        if nop.itt == NO_TAG {
+            // The answer to our ping; that something came was noted.
+            return;
+        }
+        let data = &data[..data.len().min(self.parameters.peer_max_recv_bytes as usize)];
+        let answer = NopIn {
+            lun: nop.lun,
+            itt: nop.itt,
+            ttt: NO_TAG,
+            stat_sn: self.next_stat_sn(),
+            exp_cmd_sn: self.window.expected(),
+            max_cmd_sn: self.window.max(),
+        };
+        self.send(&Pdu::NopIn(answer), data);
+    }
+
+    pub(super) fn manage(&mut self, request: &TaskManagementRequest, counted: bool) {
+        let Some(target) = self.target.clone() else { return };
+        let place = request
+            .lun
+            .number()
+            .and_then(|n| target.luns.iter().position(|&lun| lun == n));
+        let of_target = matches!(
+            request.function,
+            TaskFunction::TargetWarmReset | TaskFunction::TargetColdReset
+        );
+        let (Some(place), false) = (place, of_target) else {
+            if of_target {
+                self.reset_target(request, counted);
+            } else {
+                self.over(counted);
+                self.task_response(request.itt, task_response::NO_LUN);
+            }
+            return;
+        };
+        let unit = &target.units[place];
+        let lun = unit.logical.number();
+        let serials = match request.function {
+            TaskFunction::AbortTask => {
+                match self.tasks.get(&request.referenced_itt).map(|task| task.serial) {
+                    Some(serial) => self.abort_where(|task| task.serial == serial),
+                    None => {
+                        self.over(counted);
+                        self.held.remove(&request.ref_cmd_sn);
+                        return self.task_response(request.itt, task_response::NO_TASK);
+                    }
+                }
+            }
+            TaskFunction::AbortTaskSet => self.abort_where(|task| task.lun == lun),
+            TaskFunction::ClearTaskSet => {
+                unit.logical.commands_cleared(&self.nexuses[place]);
+                self.order_others(&Order::Abort(lun));
+                self.abort_where(|task| task.lun == lun)
+            }
+            TaskFunction::LogicalUnitReset => {
+                unit.logical.reset();
+                self.order_others(&Order::Abort(lun));
+                self.abort_where(|task| task.lun == lun)
+            }
+            TaskFunction::TaskReassign => {
+                self.over(counted);
+                return self.task_response(request.itt, task_response::NO_REASSIGNMENT);
+            }
+            _ => {
+                self.over(counted);
+                return self.task_response(request.itt, task_response::NOT_SUPPORTED);
+            }
+        };
+        self.answer_when_ended(request.itt, counted, serials);
+    }
+
+    fn answer_when_ended(&mut self, itt: u32, counted: bool, serials: Vec<u64>) {
+        self.abortions.push(Abortion {
+            itt,
+            counted,
+            serials,
+        });
+        self.answer_abortions();
+    }
+
+    fn reset_target(&mut self, request: &TaskManagementRequest, counted: bool) {
+        let Some(target) = self.target.clone() else { return };
+        for unit in &target.units {
+            unit.logical.reset();
+            self.order_others(&Order::Abort(unit.logical.number()));
+        }
+        let serials = self.abort_where(|_| true);
+        self.answer_when_ended(request.itt, counted, serials);
+        if request.function == TaskFunction::TargetColdReset {
+            self.order_others(&Order::Close("a cold reset of the target"));
+            self.end = Some(End::Ordered("a cold reset of the target"));
+        }
+    }
+
+    fn order_others(&self, order: &Order) {
+        let Some(target) = &self.target else { return };
+        for session in target.sessions(|session| session.tsih != self.handle.tsih) {
+            session.control.send(order.clone());
+        }
+    }
+
+    /// Aborts tasks: none of them is answered. Gives the serials of those that must end on their device first.
+    pub(super) fn abort_where(&mut self, which: impl Fn(&Task) -> bool) -> Vec<u64> {
+        let mut waits = Vec::new();
+        let hit: Vec<u32> = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| which(task))
+            .map(|(&itt, _)| itt)
+            .collect();
+        for itt in hit {
+            let Some(task) = self.tasks.get_mut(&itt) else {
+                continue;
+            };
+            let serial = task.serial;
+            match &mut task.kind {
+                TaskKind::Changing => {
+                    task.kind = TaskKind::Aborted;
+                    waits.push(serial);
+                }
+                TaskKind::Aborted => waits.push(serial),
+                // The window's room comes back when the device is done with it.
+                TaskKind::Reading => {
+                    let stalled = self.stalled.iter().any(|read| read.serial == serial);
+                    let counted = task.counted;
+                    self.stalled.retain(|read| read.serial != serial);
+                    self.tasks.remove(&itt);
+                    if stalled {
+                        self.over(counted);
+                    }
+                }
+                TaskKind::Gathering(gathering) => {
+                    self.writing_bytes = self.writing_bytes.saturating_sub(gathering.transfer.kept());
+                    let counted = task.counted;
+                    self.tasks.remove(&itt);
+                    self.changing.remove(&serial);
+                    self.over(counted);
+                }
+                TaskKind::Waiting => {
+                    let counted = task.counted;
+                    self.tasks.remove(&itt);
+                    self.flushes.retain(|flush| flush.serial != serial);
+                    self.over(counted);
+                }
+            }
+        }
+        waits
+    }
+
+    pub(super) fn logout(&mut self, request: &LogoutRequest, counted: bool) {
+        self.over(counted);
+        // 2 would keep the connection's tasks for another one.
+        let response = match request.reason {
+            0 | 1 => 0,
+            _ => 2,
+        };
+        let answer = LogoutResponse {
+            response,
+            itt: request.itt,
+            stat_sn: self.next_stat_sn(),
+            exp_cmd_sn: self.window.expected(),
+            max_cmd_sn: self.window.max(),
+            time2wait_s: self.parameters.time2wait_s,
+            time2retain_s: 0,
+        };
+        self.send(&Pdu::LogoutResponse(answer), &[]);
+        if response == 0 {
+            self.end = Some(End::Logout);
+        }
+    }
+
+    pub(super) fn text(&mut self, request: &TextRequest, bhs: &Bhs, data: &[u8], counted: bool) {
+        self.over(counted);
+        if let Some((ttt, rest)) = self.text_rest.take_if(|(ttt, _)| *ttt == request.ttt) {
+            debug_assert_eq!(ttt, request.ttt);
+            return self.text_answer(request, rest);
+        }
+        if request.ttt != NO_TAG && self.text_request.is_empty() {
+            return self.reject(reject_reason::PROTOCOL_ERROR, bhs);
+        }
+        if self.text_request.len() + data.len() > MAX_REQUEST_TEXT_BYTES {
+            self.text_request.clear();
+            return self.reject(reject_reason::OUT_OF_RESOURCES, bhs);
+        }
+        self.text_request.extend_from_slice(data);
+        if request.continues {
+            let ttt = self.new_ttt();
+            return self.text_response(request, ttt, false, &[]);
+        }
+        let whole = std::mem::take(&mut self.text_request);
+        let Ok(keys) = parse_keys(&whole) else {
+            return self.reject(reject_reason::PROTOCOL_ERROR, bhs);
+        };
+        let mut out = Vec::new();
+        for (key, value) in keys {
+            match key {
+                "SendTargets" => self.send_targets(value, &mut out),
+                _ => append_key(&mut out, key, "NotUnderstood"),
+            }
+        }
+        self.text_answer(request, out);
+    }
+
+    /// Answers with as much as fits; the initiator asks for the rest.
+    fn text_answer(&mut self, request: &TextRequest, mut out: Vec<u8>) {
+        let longest = (self.parameters.peer_max_recv_bytes as usize).min(64 * 1024);
+        if out.len() <= longest {
+            return self.text_response(request, NO_TAG, true, &out);
+        }
+        let rest = out.split_off(longest);
+        let ttt = self.new_ttt();
+        self.text_response(request, ttt, false, &out);
+        self.text_rest = Some((ttt, rest));
+    }
+
+    fn text_response(&mut self, request: &TextRequest, ttt: u32, final_: bool, text: &[u8]) {
+        let response = TextResponse {
+            final_,
+            continues: !final_ && !text.is_empty(),
+            lun: request.lun,
+            itt: request.itt,
+            ttt,
+            stat_sn: self.next_stat_sn(),
+            exp_cmd_sn: self.window.expected(),
+            max_cmd_sn: self.window.max(),
+        };
+        self.send(&Pdu::TextResponse(response), text);
+    }
+
+    /// SendTargets (RFC 7143 appendix C): `All` in a discovery session; otherwise the session's own target. Only what
+    /// the initiator may use is listed.
+    fn send_targets(&self, value: &str, out: &mut Vec<u8>) {
+        let mut targets: Vec<_> = match (&self.target, value) {
+            (None, "All") => self.shared.targets.lock().values().cloned().collect(),
+            (Some(own), "") => vec![own.clone()],
+            (_, name) => self
+                .shared
+                .targets
+                .lock()
+                .values()
+                .filter(|t| t.name.as_str() == name)
+                .cloned()
+                .collect(),
+        };
+        targets.retain(|target| {
+            let removing = target.removing.load(std::sync::atomic::Ordering::Acquire);
+            !removing && target.access.lock().admits(&self.initiator)
+        });
+        targets.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut portals: Vec<_> = self.local.into_iter().collect();
+        // Other portals, where they have an address that can be given away.
+        portals.extend(
+            self.shared
+                .portals
+                .iter()
+                .filter(|portal| !portal.ip().is_unspecified()),
+        );
+        let mut seen = std::collections::HashSet::new();
+        portals.retain(|portal| seen.insert(*portal));
+        for target in targets {
+            append_key(out, "TargetName", target.name.as_str());
+            for portal in &portals {
+                append_key(out, "TargetAddress", &format!("{portal},{PORTAL_GROUP_TAG}"));
+            }
+        }
+    }
+}

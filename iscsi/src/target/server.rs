@@ -1,0 +1,336 @@
+//! Listening, and what a person or an agent asks of a server.
+
+use std::collections::BTreeSet;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout, timeout_at};
+use treeboot_types::Iqn;
+
+use super::connection::Connection;
+use super::login::{LoginFailure, login};
+use super::registry::{Order, SessionHandle, Shared, Target, Unit};
+use super::{Access, AddTargetError, BindError, ServerConfig, TargetSpec, TargetStats};
+use crate::login::Refusal;
+use crate::scsi::{Identity, LogicalUnit};
+
+/// Connections that the kernel keeps until they are accepted.
+const BACKLOG: i32 = 1024;
+/// The pause after an accept that failed, for instance because the process has no more file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The most logical units of a target.
+const MAX_LUNS: usize = 256;
+/// How long sessions that were told to close may take to finish writes in progress.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// A running target server. Dropping it stops listening; sessions end with their clients, or by
+/// [`shutdown`](Self::shutdown).
+pub struct Server {
+    shared: Arc<Shared>,
+    listeners: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop_listening();
+    }
+}
+
+impl Server {
+    /// Listens on all `portals` (port 0: any free one). Call it within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`BindError`] names the first portal that cannot be had; none is listened on then.
+    pub fn bind(portals: &[SocketAddr], config: ServerConfig) -> Result<Self, BindError> {
+        if portals.is_empty() {
+            return Err(BindError::NoPortal);
+        }
+        let listen = |&portal: &SocketAddr| {
+            let listen = || -> std::io::Result<(TcpListener, SocketAddr)> {
+                let socket = Socket::new(Domain::for_address(portal), Type::STREAM, Some(Protocol::TCP))?;
+                if portal.is_ipv6() {
+                    // An IPv4 portal on the same port is a portal of its own.
+                    socket.set_only_v6(true)?;
+                }
+                socket.set_reuse_address(true)?;
+                socket.bind(&portal.into())?;
+                socket.listen(BACKLOG)?;
+                from_std(socket.into())
+            };
+            listen().map_err(|source| BindError::Listen { portal, source })
+        };
+        let listeners = portals.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self::start(listeners, config))
+    }
+
+    /// Serves on a socket that listens already, for instance one handed over by a service manager.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn from_listener(listener: StdListener, config: ServerConfig) -> std::io::Result<Self> {
+        Ok(Self::start(vec![from_std(listener)?], config))
+    }
+
+    fn start(listeners: Vec<(TcpListener, SocketAddr)>, config: ServerConfig) -> Self {
+        let portals = listeners.iter().map(|(_, addr)| *addr).collect();
+        let shared = Arc::new(Shared::new(config, portals));
+        let tasks = listeners
+            .into_iter()
+            .map(|(listener, _)| tokio::spawn(accept(listener, shared.clone())))
+            .collect();
+        Self {
+            shared,
+            listeners: Mutex::new(tasks),
+        }
+    }
+
+    /// The portals, with the ports that they really have.
+    pub fn local_addrs(&self) -> Vec<SocketAddr> {
+        self.shared.portals.clone()
+    }
+
+    /// Serves a target from now on.
+    ///
+    /// # Errors
+    /// [`AddTargetError`] says what is wrong with it.
+    pub fn add_target(&self, spec: TargetSpec) -> Result<(), AddTargetError> {
+        let name = spec.name.clone();
+        let target = Arc::new(target(spec)?);
+        let mut targets = self.shared.targets.lock();
+        if self.shared.stopping.load(Ordering::Acquire) {
+            return Err(AddTargetError::Stopping(name));
+        }
+        if targets.contains_key(&name) {
+            return Err(AddTargetError::Exists(name));
+        }
+        targets.insert(name.clone(), target);
+        drop(targets);
+        self.shared.changed.notify_waiters();
+        tracing::info!(target = %name, "target added");
+        Ok(())
+    }
+
+    /// Changes who may log in, and ends the sessions of those who no longer may, or not with what they have proven: a
+    /// new secret ends the sessions of the old one. `false`: no such target.
+    pub fn set_access(&self, target: &Iqn, access: Access) -> bool {
+        let Some(target) = self.shared.target(target) else {
+            return false;
+        };
+        *target.access.lock() = access.clone();
+        self.shared.changed.notify_waiters();
+        close(
+            target.sessions(|session| !access.honours(&session.port.name, &session.security)),
+            "access was withdrawn",
+        );
+        true
+    }
+
+    /// Removes a target: nobody logs in any more, initiators are asked to log out within `drain`, then sessions are
+    /// closed. Returns once no session uses its devices. `false`: no such target.
+    pub async fn remove_target(&self, name: &Iqn, drain: Duration) -> bool {
+        let Some(target) = self.shared.target(name) else {
+            return false;
+        };
+        target.removing.store(true, Ordering::Release);
+        drain_target(&target, drain).await;
+        self.shared.targets.lock().remove(name);
+        tracing::info!(target = %name, "target removed");
+        true
+    }
+
+    /// What a target did; `None`: no such target.
+    pub fn stats(&self, target: &Iqn) -> Option<TargetStats> {
+        self.shared.target(target).map(|target| target.stats())
+    }
+
+    /// The names of all targets.
+    pub fn targets(&self) -> BTreeSet<Iqn> {
+        self.shared.targets.lock().keys().cloned().collect()
+    }
+
+    /// Closes the sessions of one initiator, or of all, with a target. They may log in again.
+    pub fn close_sessions(&self, target: &Iqn, initiator: Option<&Iqn>) {
+        if let Some(target) = self.shared.target(target) {
+            close(
+                target.sessions(|session| initiator.is_none_or(|name| session.port.name == *name)),
+                "it was asked for",
+            );
+        }
+    }
+
+    /// Stops listening, asks all initiators to log out within `drain`, then closes their sessions.
+    pub async fn shutdown(&self, drain: Duration) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.stop_listening();
+        let targets: Vec<_> = self.shared.targets.lock().values().cloned().collect();
+        for target in &targets {
+            target.removing.store(true, Ordering::Release);
+        }
+        futures_util::future::join_all(targets.iter().map(|target| drain_target(target, drain))).await;
+        self.shared.targets.lock().clear();
+    }
+
+    fn stop_listening(&self) {
+        for task in self.listeners.lock().drain(..) {
+            task.abort();
+        }
+    }
+}
+
+fn from_std(listener: StdListener) -> std::io::Result<(TcpListener, SocketAddr)> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let addr = listener.local_addr()?;
+    Ok((listener, addr))
+}
+
+fn close(sessions: Vec<Arc<SessionHandle>>, reason: &'static str) {
+    for session in sessions {
+        session.control.send(Order::Close(reason));
+    }
+}
+
+/// Waits until no session is left, asking first and closing after `drain`.
+async fn drain_target(target: &Target, drain: Duration) {
+    if !drain.is_zero() {
+        let seconds = u16::try_from(drain.as_secs().max(1)).unwrap_or(u16::MAX);
+        for session in target.sessions(|_| true) {
+            session.control.send(Order::AskLogout(seconds));
+        }
+        if until_idle(target, Instant::now() + drain).await {
+            return;
+        }
+    }
+    close(target.sessions(|_| true), "the target is being removed");
+    if !until_idle(target, Instant::now() + CLOSE_LIMIT).await {
+        tracing::warn!(target = %target.name, "a device still holds writes of a closed session");
+    }
+}
+
+async fn until_idle(target: &Target, deadline: Instant) -> bool {
+    loop {
+        let ended = target.ended.notified();
+        let mut ended = std::pin::pin!(ended);
+        ended.as_mut().enable();
+        if target.is_idle() {
+            return true;
+        }
+        if timeout_at(deadline, ended).await.is_err() {
+            return target.is_idle();
+        }
+    }
+}
+
+/// Checks a specification and makes the target.
+fn target(spec: TargetSpec) -> Result<Target, AddTargetError> {
+    let mut luns = spec.luns;
+    luns.sort_by_key(|lun| lun.lun);
+    let wrong = |lun| AddTargetError::Lun {
+        target: spec.name.clone(),
+        lun,
+    };
+    if luns.first().is_none_or(|lun| lun.lun != 0) {
+        return Err(AddTargetError::NoLunZero(spec.name));
+    }
+    if let Some(twice) = luns.windows(2).find(|pair| pair[0].lun == pair[1].lun) {
+        return Err(wrong(twice[0].lun));
+    }
+    if let Some(over) = luns.iter().find(|lun| lun.lun > 0x3fff).or(luns.get(MAX_LUNS)) {
+        return Err(wrong(over.lun));
+    }
+    let mut units = Vec::new();
+    for lun in luns {
+        let geometry = lun.device.geometry();
+        let block = u64::from(geometry.block_bytes);
+        let physical = u64::from(geometry.physical_block_bytes);
+        let fits = matches!(block, 512 | 4096)
+            && geometry.bytes > 0
+            && geometry.bytes.is_multiple_of(block)
+            && physical >= block
+            && physical.is_power_of_two();
+        if !fits {
+            return Err(AddTargetError::Geometry {
+                target: spec.name,
+                lun: lun.lun,
+                bytes: geometry.bytes,
+                block_bytes: geometry.block_bytes,
+            });
+        }
+        let serial = lun
+            .serial
+            .chars()
+            .filter(char::is_ascii_graphic)
+            .take(64)
+            .collect();
+        let identity = Identity {
+            target: spec.name.clone(),
+            serial,
+            product: lun.product,
+            ident: lun.ident,
+        };
+        units.push(Arc::new(Unit {
+            target: spec.name.clone(),
+            logical: LogicalUnit::new(lun.lun, identity, geometry),
+            device: lun.device,
+            atomic: tokio::sync::RwLock::new(()),
+        }));
+    }
+    Ok(Target::new(spec.name, units, spec.access))
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, peer)) => {
+                tokio::spawn(serve(socket, peer, shared.clone()));
+            }
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot accept a connection"
+                );
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// One connection from its first byte to its last.
+async fn serve(socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
+    let (arrival, left) = shared.arrive();
+    // Replies must not wait for others to share a segment with.
+    let _ = socket.set_nodelay(true);
+    let logged_in = tokio::select! {
+        result = timeout(shared.config.login_limit, login(socket, &shared)) => result,
+        _ = left => {
+            tracing::info!(%peer, "closed before its login: too many connections wait for one");
+            return;
+        }
+    };
+    shared.depart(arrival);
+    let ready = match logged_in {
+        Ok(Ok(ready)) => ready,
+        Ok(Err(LoginFailure::Refused(Refusal::Chap { initiator, why }))) => {
+            // Somebody's password is wrong, or somebody tries passwords.
+            tracing::warn!(%initiator, %peer, reason = %why, "authentication failed");
+            return;
+        }
+        Ok(Err(error)) => {
+            tracing::info!(%peer, error = &error as &dyn std::error::Error, "no login");
+            return;
+        }
+        Err(_) => {
+            tracing::info!(%peer, limit = ?shared.config.login_limit, "closed: the login took too long");
+            return;
+        }
+    };
+    let tsih = ready.established.tsih;
+    Connection::serve(ready, peer, &shared).await;
+    shared.release(tsih);
+}

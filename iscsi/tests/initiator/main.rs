@@ -1,0 +1,10 @@
+//! The initiator against targets that misbehave on purpose, over real sockets.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers as well")]
+
+mod fake;
+mod group;
+mod own;
+mod proxy;
+mod security;
+mod session;
