@@ -1,0 +1,349 @@
+//! The parts put together: options, the listener, the record, the owner, the service.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use treeboot_proto::v1::coordinator_server::CoordinatorServer;
+use treeboot_types::PathPolicy;
+
+use crate::owner;
+use crate::rpc::CoordinatorService;
+use crate::store::{SledStore, Store, StoreError};
+use crate::tree::{Change, Effect, Forest, KAry, Key, LoadError, Record, Settings};
+
+/// How long an orderly end waits for calls under way.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Ping on connections, so that a host that vanished without a word frees its connection.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// Largest message that is taken in: the state of a host with [`crate::tree::MAX_ATTACHMENTS`] attachments.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Most children of one host: its uplink would be divided by as many.
+pub const MAX_FAN_OUT: u32 = 64;
+/// Most parents that a host reads from at once.
+pub const MAX_ACTIVE_PARENTS: u32 = 8;
+
+/// What a person may choose.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Where to listen, for instance 127.0.0.1:7400; port 0 takes a free one.
+    #[arg(
+        long,
+        env = "TREEBOOT_LISTEN",
+        default_value = "127.0.0.1:7400",
+        value_name = "ADDR:PORT"
+    )]
+    pub listen: SocketAddr,
+    /// Where the record of images, hosts and trees is kept.
+    #[arg(long, env = "TREEBOOT_STATE", value_name = "DIR")]
+    pub state: PathBuf,
+    /// Children of each host and origin; 2 makes binary trees.
+    #[arg(long, env = "TREEBOOT_FAN_OUT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_FAN_OUT)))]
+    pub fan_out: u32,
+    /// Parents that a host reads from at once, each at an equal part of a slot.
+    #[arg(long, env = "TREEBOOT_ACTIVE_PARENTS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_ACTIVE_PARENTS)))]
+    pub active_parents: u32,
+    /// How active parents share a host's reads.
+    #[arg(long, env = "TREEBOOT_PATH_POLICY", default_value = "round-robin")]
+    pub path_policy: PathPolicyName,
+    /// How often a host gives a sign of life, in milliseconds.
+    #[arg(long, env = "TREEBOOT_BEAT_MS", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(20..=600_000))]
+    pub beat_ms: u64,
+    /// How long a host may be silent, in milliseconds; at least 3.5 beats. [default: 8 beats]
+    #[arg(long, env = "TREEBOOT_LEASE_MS")]
+    pub lease_ms: Option<u64>,
+    /// How long a slot lasts that nobody registered, in milliseconds; at least 3.5 beats. [default: 5 beats]
+    #[arg(long, env = "TREEBOOT_PENDING_LEASE_MS")]
+    pub pending_lease_ms: Option<u64>,
+    /// Write the bound address as JSON to this file once serving.
+    #[arg(long, env = "TREEBOOT_READY_FILE", value_name = "FILE")]
+    pub ready_file: Option<PathBuf>,
+}
+
+/// [`PathPolicy`] as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PathPolicyName {
+    /// By turns.
+    RoundRobin,
+    /// To the one that would answer soonest.
+    ServiceTime,
+    /// To the one with the fewest commands outstanding.
+    QueueLength,
+}
+
+/// Why the daemon does not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A lease that one lost beat would end.
+    #[error("--{flag} {given_ms} is too short: with --beat-ms {beat_ms} it must be at least {least_ms}")]
+    Lease {
+        /// Which.
+        flag: &'static str,
+        /// As given.
+        given_ms: u64,
+        /// As given.
+        beat_ms: u64,
+        /// What would do.
+        least_ms: u64,
+    },
+    /// A pending lease beyond the lease.
+    #[error(
+        "--pending-lease-ms {pending_ms} is longer than --lease-ms {lease_ms}; a pending slot has the shorter one"
+    )]
+    PendingLease {
+        /// As given.
+        pending_ms: u64,
+        /// As given.
+        lease_ms: u64,
+    },
+    /// Cannot listen.
+    #[error("cannot listen on {address}; stop whoever uses it, or choose another address with --listen")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The record cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The record makes no trees.
+    #[error("the record in {dir} does not fit together; restore the state directory from a backup")]
+    Load {
+        /// Where it is.
+        dir: String,
+        /// What does not fit.
+        #[source]
+        source: LoadError,
+    },
+    /// The file that says it is ready.
+    #[error("cannot write the ready file {path}")]
+    ReadyFile {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The server ended by itself.
+    #[error("the gRPC server ended")]
+    Serve(#[source] tonic::transport::Error),
+}
+
+impl From<PathPolicyName> for PathPolicy {
+    fn from(name: PathPolicyName) -> Self {
+        match name {
+            PathPolicyName::RoundRobin => Self::RoundRobin,
+            PathPolicyName::ServiceTime => Self::ServiceTime,
+            PathPolicyName::QueueLength => Self::QueueLength,
+        }
+    }
+}
+
+impl Options {
+    /// The times and shapes that follow from the options.
+    ///
+    /// # Errors
+    /// A lease that a lost beat would end.
+    pub fn settings(&self) -> Result<Settings, DaemonError> {
+        let beat_ms = self.beat_ms;
+        let lease_ms = self.lease_ms.unwrap_or(beat_ms * 8);
+        let pending_lease_ms = self.pending_lease_ms.unwrap_or((beat_ms * 5).min(lease_ms));
+        // Three beats, so that two may be lost, and half of one for a beat that comes late.
+        let least_ms = beat_ms * 3 + beat_ms / 2;
+        let leases = [("lease-ms", lease_ms), ("pending-lease-ms", pending_lease_ms)];
+        if let Some((flag, given_ms)) = leases.into_iter().find(|(_, ms)| *ms < least_ms) {
+            return Err(DaemonError::Lease {
+                flag,
+                given_ms,
+                beat_ms,
+                least_ms,
+            });
+        }
+        if pending_lease_ms > lease_ms {
+            return Err(DaemonError::PendingLease {
+                pending_ms: pending_lease_ms,
+                lease_ms,
+            });
+        }
+        Ok(Settings {
+            policy: Arc::new(KAry {
+                fan_out: self.fan_out,
+            }),
+            active_parents: self.active_parents,
+            path_policy: self.path_policy.into(),
+            beat_ms,
+            lease_ms,
+            pending_lease_ms,
+        })
+    }
+}
+
+/// A coordinator that serves.
+#[derive(Debug)]
+pub struct Daemon {
+    address: SocketAddr,
+    stop: watch::Sender<bool>,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    owner: JoinHandle<()>,
+}
+
+impl Daemon {
+    /// Opens the record in the state directory and serves.
+    ///
+    /// # Errors
+    /// [`DaemonError`] says what is in the way.
+    pub async fn start(options: &Options) -> Result<Self, DaemonError> {
+        let settings = options.settings()?;
+        // The listener first: it costs nothing and fails fast.
+        let listener = listen(options.listen).await?;
+        let dir = options.state.clone();
+        let store = tokio::task::spawn_blocking(move || SledStore::open(&dir))
+            .await
+            .map_err(|error| StoreError::Open {
+                dir: options.state.display().to_string(),
+                source: error.into(),
+            })??;
+        let daemon = Self::start_with(settings, Arc::new(store), listener, &options.state).await?;
+        if let Some(path) = &options.ready_file {
+            write_ready_file(path, daemon.address)?;
+        }
+        Ok(daemon)
+    }
+
+    /// Serves from any store on a bound listener; `dir` names the store in errors.
+    ///
+    /// # Errors
+    /// [`DaemonError`] where the record cannot be read.
+    pub async fn start_with(
+        settings: Settings,
+        store: Arc<dyn Store>,
+        listener: TcpListener,
+        dir: &Path,
+    ) -> Result<Self, DaemonError> {
+        let address = listener.local_addr().map_err(|source| DaemonError::Listen {
+            address: SocketAddr::from(([0, 0, 0, 0], 0)),
+            source,
+        })?;
+        if !address.ip().is_loopback() {
+            tracing::warn!(
+                %address,
+                "there is no authentication yet: whoever reaches this address can place hosts and remove images"
+            );
+        }
+        let forest = load(settings, Arc::clone(&store), dir).await?;
+        let (stop, stopped) = watch::channel(false);
+        let (handle, owner) = owner::spawn(forest, store, stopped.clone());
+        let service = CoordinatorServer::new(CoordinatorService::new(handle, stopped.clone()))
+            .max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut on_stop = stopped;
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+                let _ = on_stop.wait_for(|stop| *stop).await;
+            });
+        Ok(Self {
+            address,
+            stop,
+            server: tokio::spawn(server),
+            owner,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Ends in order: what was taken in is saved and answered, streams are closed, the record is released.
+    ///
+    /// # Errors
+    /// [`DaemonError::Serve`] where the server had failed.
+    pub async fn stop(self) -> Result<(), DaemonError> {
+        // Nobody left to tell means that all has ended already.
+        let _ = self.stop.send(true);
+        let abort = self.server.abort_handle();
+        let ended = tokio::time::timeout(DRAIN, self.server).await;
+        abort.abort();
+        if self.owner.await.is_err() {
+            tracing::error!("the owner of the trees ended badly");
+        }
+        match ended {
+            Ok(Ok(result)) => result.map_err(DaemonError::Serve),
+            // Cut off: connections that did not end in time.
+            Ok(Err(_)) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Waits until the server ends by itself, which it does only when something is wrong.
+    pub async fn failed(&mut self) {
+        tokio::select! {
+            _ = &mut self.server => {}
+            _ = &mut self.owner => {}
+        }
+    }
+}
+
+/// Binds, with an error that names the address.
+///
+/// # Errors
+/// [`DaemonError::Listen`].
+pub async fn listen(address: SocketAddr) -> Result<TcpListener, DaemonError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| DaemonError::Listen { address, source })
+}
+
+async fn load(settings: Settings, store: Arc<dyn Store>, dir: &Path) -> Result<Forest, DaemonError> {
+    let name = dir.display().to_string();
+    let broken = |error: tokio::task::JoinError| StoreError::Open {
+        dir: name.clone(),
+        source: error.into(),
+    };
+    let reader = Arc::clone(&store);
+    let records = tokio::task::spawn_blocking(move || reader.load())
+        .await
+        .map_err(broken)??;
+    let count = records.len();
+    let mut effects = Vec::new();
+    let forest = Forest::load(settings, records, &mut effects).map_err(|source| DaemonError::Load {
+        dir: name.clone(),
+        source,
+    })?;
+    // Also proves that the record can be written, before anybody relies on it.
+    let mut changes: Vec<Change> = effects
+        .into_iter()
+        .filter_map(|effect| match effect {
+            Effect::Save(change) => Some(change),
+            _ => None,
+        })
+        .collect();
+    changes.push(Change::Put(Key::Epoch, Record::Epoch(forest.epoch())));
+    tokio::task::spawn_blocking(move || store.apply(&changes))
+        .await
+        .map_err(broken)??;
+    tracing::info!(entries = count, epoch = %forest.epoch(), "record loaded");
+    Ok(forest)
+}
+
+/// A reader sees the whole file or none.
+fn write_ready_file(path: &Path, rpc: SocketAddr) -> Result<(), DaemonError> {
+    let error = |source| DaemonError::ReadyFile {
+        path: path.into(),
+        source,
+    };
+    let text = serde_json::json!({ "rpc": rpc.to_string() }).to_string();
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    std::fs::write(&partial, text + "\n").map_err(error)?;
+    std::fs::rename(&partial, path).map_err(error)
+}

@@ -1,0 +1,14 @@
+//! The coordinator: keeps the attach tree of every image.
+//!
+//! `tree` decides and knows neither clock nor disk nor network; `store` keeps the record; `owner` is the one task that
+//! owns the trees; `rpc` turns calls into events; `daemon` puts them together. Deliberately absent: any way for blocks
+//! of an image to pass through.
+
+#![forbid(unsafe_code)]
+
+pub mod daemon;
+mod note;
+pub mod owner;
+pub mod rpc;
+pub mod store;
+pub mod tree;

@@ -1,0 +1,323 @@
+//! The one task that owns the trees: requests in through a bounded queue; what they decide is saved as one batch,
+//! and only then answered and pushed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use treeboot_types::Tick;
+
+use crate::note;
+use crate::store::{Store, StoreError};
+use crate::tree::{Answer, Beat, Call, CallId, Change, Effect, Event, Forest, Key, Push, Refusal, StreamId};
+
+/// Requests that wait for the owner. A burst of 1,000 joins fits; what is beyond waits in its own connection.
+const QUEUE: usize = 4_096;
+/// Requests that share one flush of the record.
+const BATCH: usize = 1_024;
+/// Messages that wait for one host. A host that leaves so many unread is disconnected: when it comes back it is told
+/// the newest placements, which is all that it missed.
+pub(crate) const OUTGOING: usize = 256;
+
+/// Why a call came to nothing.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CallError {
+    /// It was refused.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The decision could not be made durable; it is tried again with the next one.
+    #[error("{0}")]
+    NotSaved(String),
+    /// The coordinator ends.
+    #[error("the coordinator is stopping; try again when it is back")]
+    Stopping,
+}
+
+type Reply = oneshot::Sender<Result<Answer, CallError>>;
+type Question = Box<dyn FnOnce(&Forest) + Send>;
+
+enum Request {
+    Open(StreamId, mpsc::Sender<Push>),
+    Beat(StreamId, Box<Beat>),
+    Closed(StreamId),
+    Call(Box<Call>, Reply),
+    Ask(Question),
+}
+
+/// The way to the owner.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    requests: mpsc::Sender<Request>,
+}
+
+impl std::fmt::Debug for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Open(..) => "Open",
+            Self::Beat(..) => "Beat",
+            Self::Closed(..) => "Closed",
+            Self::Call(..) => "Call",
+            Self::Ask(..) => "Ask",
+        })
+    }
+}
+
+impl Handle {
+    /// A call that changes something, answered when it is durable.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn call(&self, call: Call) -> Result<Answer, CallError> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Call(Box::new(call), reply);
+        self.requests
+            .send(request)
+            .await
+            .map_err(|_| CallError::Stopping)?;
+        answer.await.map_err(|_| CallError::Stopping)?
+    }
+
+    /// A question that changes nothing.
+    ///
+    /// # Errors
+    /// [`CallError::Stopping`].
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Forest) -> T + Send + 'static,
+    ) -> Result<T, CallError> {
+        let (reply, answer) = oneshot::channel();
+        let question: Question = Box::new(move |forest| {
+            // Whoever asked may be gone.
+            let _ = reply.send(question(forest));
+        });
+        let request = Request::Ask(question);
+        self.requests
+            .send(request)
+            .await
+            .map_err(|_| CallError::Stopping)?;
+        answer.await.map_err(|_| CallError::Stopping)
+    }
+
+    pub(crate) async fn open(&self, stream: StreamId, pushes: mpsc::Sender<Push>) -> Result<(), CallError> {
+        let request = Request::Open(stream, pushes);
+        self.requests.send(request).await.map_err(|_| CallError::Stopping)
+    }
+
+    pub(crate) async fn beat(&self, stream: StreamId, beat: Beat) -> Result<(), CallError> {
+        let request = Request::Beat(stream, Box::new(beat));
+        self.requests.send(request).await.map_err(|_| CallError::Stopping)
+    }
+
+    pub(crate) async fn closed(&self, stream: StreamId) {
+        // When the owner is gone there is nothing to tell.
+        let _ = self.requests.send(Request::Closed(stream)).await;
+    }
+}
+
+/// Starts the owner; it ends when `stop` says so, after it has saved and answered what it had taken.
+pub fn spawn(
+    forest: Forest,
+    store: Arc<dyn Store>,
+    stop: watch::Receiver<bool>,
+) -> (Handle, tokio::task::JoinHandle<()>) {
+    let (requests, queue) = mpsc::channel(QUEUE);
+    let owner = Owner {
+        forest,
+        store,
+        started: Instant::now(),
+        streams: HashMap::new(),
+        calls: HashMap::new(),
+        next_call: 0,
+        unsaved: BTreeMap::new(),
+        held: Vec::new(),
+    };
+    let task = tokio::spawn(owner.run(queue, stop));
+    (Handle { requests }, task)
+}
+
+struct Owner {
+    forest: Forest,
+    store: Arc<dyn Store>,
+    started: Instant,
+    streams: HashMap<StreamId, mpsc::Sender<Push>>,
+    calls: HashMap<CallId, Reply>,
+    next_call: u64,
+    /// Changes that are not durable yet, the newest of each key.
+    unsaved: BTreeMap<Key, Change>,
+    /// Effects that wait for them.
+    held: Vec<Effect>,
+}
+
+impl Owner {
+    async fn run(mut self, mut queue: mpsc::Receiver<Request>, mut stop: watch::Receiver<bool>) {
+        // Four times a beat: a lease is at least three beats, so ends are seen soon after they are due.
+        let period = Duration::from_millis((self.forest.settings().beat_ms / 4).max(10));
+        let mut clock = tokio::time::interval(period);
+        clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut looked = Instant::now();
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            let mut stopping = false;
+            tokio::select! {
+                // Requests before the clock: a beat that arrived in time must not lose to the lease it renews.
+                biased;
+                _ = stop.wait_for(|stop| *stop) => stopping = true,
+                taken = queue.recv_many(&mut batch, BATCH) => stopping = taken == 0,
+                _ = clock.tick() => {}
+            }
+            for request in batch.drain(..) {
+                self.take(request);
+            }
+            // Also when requests never cease.
+            if looked.elapsed() >= period {
+                looked = Instant::now();
+                self.step(Event::Clock);
+            }
+            self.settle().await;
+            if stopping {
+                break;
+            }
+        }
+    }
+
+    fn take(&mut self, request: Request) {
+        match request {
+            Request::Open(stream, pushes) => {
+                self.streams.insert(stream, pushes);
+            }
+            // A stream that was closed from here may still have had beats on their way.
+            Request::Beat(stream, beat) if self.streams.contains_key(&stream) => {
+                self.step(Event::Beat(stream, beat));
+            }
+            Request::Beat(..) => {}
+            Request::Closed(stream) => {
+                self.streams.remove(&stream);
+                self.step(Event::StreamClosed(stream));
+            }
+            Request::Call(call, reply) => {
+                let id = CallId(self.next_call);
+                self.next_call += 1;
+                self.calls.insert(id, reply);
+                self.step(Event::Call(id, call));
+            }
+            Request::Ask(question) => question(&self.forest),
+        }
+    }
+
+    fn step(&mut self, event: Event) {
+        let now = Tick(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX));
+        let mut effects = Vec::new();
+        self.forest.step(now, event, &mut effects);
+        for effect in effects {
+            match effect {
+                Effect::Save(change) => {
+                    self.unsaved.insert(change.key().clone(), change);
+                }
+                Effect::Note(note) => note::log(&note),
+                other => self.held.push(other),
+            }
+        }
+    }
+
+    /// Makes decisions durable, then answers and pushes them.
+    async fn settle(&mut self) {
+        if !self.unsaved.is_empty()
+            && let Err(error) = self.save().await
+        {
+            let why = chain(&error);
+            tracing::error!(changes = self.unsaved.len(), "{why}");
+            // Who waits for an answer is told; pushes wait, because a host must not act on what may be forgotten.
+            for effect in std::mem::take(&mut self.held) {
+                match effect {
+                    Effect::Answer(call, _) => self.answer(call, Err(CallError::NotSaved(why.clone()))),
+                    other => self.held.push(other),
+                }
+            }
+            self.bound_held();
+            return;
+        }
+        let held = without_outdated(std::mem::take(&mut self.held));
+        for effect in held {
+            match effect {
+                Effect::Answer(call, answer) => self.answer(call, answer.map_err(CallError::Refused)),
+                Effect::Push(stream, push) => self.push(stream, push),
+                Effect::Close(stream) => drop(self.streams.remove(&stream)),
+                Effect::Save(_) | Effect::Note(_) => {}
+            }
+        }
+    }
+
+    /// While nothing can be saved, pushes do not pile up: acknowledgements are worth nothing later.
+    fn bound_held(&mut self) {
+        self.held
+            .retain(|e| !matches!(e, Effect::Push(_, Push::Ack { .. })));
+        let held = std::mem::take(&mut self.held);
+        self.held = without_outdated(held);
+    }
+
+    async fn save(&mut self) -> Result<(), StoreError> {
+        let changes: Vec<Change> = self.unsaved.values().cloned().collect();
+        let store = Arc::clone(&self.store);
+        let saved = tokio::task::spawn_blocking(move || store.apply(&changes)).await;
+        match saved {
+            Ok(result) => result?,
+            Err(error) => {
+                return Err(StoreError::Write {
+                    dir: "the state directory".into(),
+                    source: error.into(),
+                });
+            }
+        }
+        self.unsaved.clear();
+        Ok(())
+    }
+
+    fn answer(&mut self, call: CallId, answer: Result<Answer, CallError>) {
+        if let Some(reply) = self.calls.remove(&call) {
+            // Whoever called may be gone.
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn push(&mut self, stream: StreamId, push: Push) {
+        let Some(pushes) = self.streams.get(&stream) else {
+            return;
+        };
+        if pushes.try_send(push).is_err() {
+            tracing::warn!(
+                stream = stream.0,
+                "a host does not read what it is sent and is disconnected"
+            );
+            self.streams.remove(&stream);
+            self.step(Event::StreamClosed(stream));
+        }
+    }
+}
+
+/// Of several placements for one host and image only the last is worth sending.
+fn without_outdated(effects: Vec<Effect>) -> Vec<Effect> {
+    let mut seen = std::collections::HashSet::new();
+    let mut kept: Vec<Effect> = effects
+        .into_iter()
+        .rev()
+        .filter(|effect| match effect {
+            Effect::Push(stream, Push::Placement(p)) => seen.insert((*stream, p.image.id.clone())),
+            _ => true,
+        })
+        .collect();
+    kept.reverse();
+    kept
+}
+
+/// An error with its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

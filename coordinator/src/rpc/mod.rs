@@ -1,0 +1,263 @@
+//! The gRPC service: messages become events, answers become messages, refusals become statuses. No decisions.
+
+mod convert;
+mod heartbeat;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use tokio::sync::watch;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use treeboot_proto::v1::coordinator_server::Coordinator;
+use treeboot_proto::{InvalidMessage, endpoint, image_id, image_id_or_newest, new_image, v1};
+use treeboot_types::HostName;
+
+use crate::owner::{CallError, Handle};
+use crate::tree::{Answer, Call, Refusal};
+
+/// Candidates of a search that names no limit.
+const SEARCH_LIMIT: usize = 16;
+/// Most candidates of a search.
+const MAX_SEARCH_LIMIT: usize = 1_024;
+
+/// The service over the owner's handle.
+#[derive(Debug, Clone)]
+pub struct CoordinatorService {
+    owner: Handle,
+    next_stream: Arc<AtomicU64>,
+    stop: watch::Receiver<bool>,
+}
+
+impl CoordinatorService {
+    /// A service whose heartbeat streams end when `stop` says so.
+    pub fn new(owner: Handle, stop: watch::Receiver<bool>) -> Self {
+        Self {
+            owner,
+            next_stream: Arc::new(AtomicU64::new(1)),
+            stop,
+        }
+    }
+
+    async fn call(&self, call: Call) -> Result<Answer, Status> {
+        self.owner.call(call).await.map_err(status_of_call)
+    }
+}
+
+fn invalid(error: InvalidMessage) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn status_of_call(error: CallError) -> Status {
+    match error {
+        CallError::Refused(refusal) => status(&refusal),
+        CallError::NotSaved(why) => Status::unavailable(why),
+        CallError::Stopping => Status::unavailable(error.to_string()),
+    }
+}
+
+fn status(refusal: &Refusal) -> Status {
+    let message = refusal.to_string();
+    match refusal {
+        Refusal::UnknownHost { .. } | Refusal::ImageInUse { .. } | Refusal::OtherHost { .. } => {
+            Status::failed_precondition(message)
+        }
+        Refusal::OtherInstance { .. }
+        | Refusal::ImageExists { .. }
+        | Refusal::ImageDiffers { .. }
+        | Refusal::EndpointTaken { .. } => Status::already_exists(message),
+        Refusal::UnknownImage { .. } | Refusal::NotAttached { .. } => Status::not_found(message),
+        Refusal::OtherEpoch { .. } => Status::aborted(message),
+        Refusal::TooMany { .. } => Status::resource_exhausted(message),
+    }
+}
+
+/// An answer of another kind than the call's: a bug of ours, which costs this call and not the daemon.
+fn mismatch() -> Status {
+    Status::internal("the coordinator's answer is not of the call's kind; please report this")
+}
+
+#[tonic::async_trait]
+impl Coordinator for CoordinatorService {
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
+        let request = request.into_inner();
+        let call = Call::Join {
+            speaker: convert::speaker(&request.host, &request.instance).map_err(invalid)?,
+            image: image_id_or_newest(request.image.as_ref()).map_err(invalid)?,
+            endpoint: endpoint(request.endpoint.as_ref()).map_err(invalid)?,
+        };
+        match self.call(call).await? {
+            Answer::Joined(placement) => Ok(Response::new(v1::JoinResponse {
+                placement: Some((&placement).into()),
+            })),
+            _ => Err(mismatch()),
+        }
+    }
+
+    async fn register(
+        &self,
+        request: Request<v1::RegisterRequest>,
+    ) -> Result<Response<v1::RegisterResponse>, Status> {
+        let request = request.into_inner();
+        let call = Call::Register {
+            speaker: convert::speaker(&request.host, &request.instance).map_err(invalid)?,
+            image: image_id(request.image.as_ref()).map_err(invalid)?.into(),
+            epoch: convert::epoch(request.epoch).map_err(invalid)?,
+        };
+        match self.call(call).await? {
+            Answer::Registered(epoch) => Ok(Response::new(v1::RegisterResponse {
+                epoch: Some(epoch.into()),
+            })),
+            _ => Err(mismatch()),
+        }
+    }
+
+    async fn search(
+        &self,
+        request: Request<v1::SearchRequest>,
+    ) -> Result<Response<v1::SearchResponse>, Status> {
+        let request = request.into_inner();
+        let image = image_id_or_newest(request.image.as_ref()).map_err(invalid)?;
+        let host = match request.host.as_str() {
+            "" => None,
+            name => Some(HostName::new(name).map_err(|error| invalid(error.into()))?),
+        };
+        let limit = match usize::try_from(request.limit).unwrap_or(MAX_SEARCH_LIMIT) {
+            0 => SEARCH_LIMIT,
+            limit => limit.min(MAX_SEARCH_LIMIT),
+        };
+        let found = self
+            .owner
+            .ask(move |forest| forest.search(&image, host.as_ref(), limit))
+            .await
+            .map_err(status_of_call)?
+            .map_err(|refusal| status(&refusal))?;
+        Ok(Response::new(v1::SearchResponse {
+            candidates: found.iter().map(convert::candidate).collect(),
+        }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<v1::RemoveRequest>,
+    ) -> Result<Response<v1::RemoveResponse>, Status> {
+        let request = request.into_inner();
+        let call = Call::Remove {
+            speaker: convert::speaker(&request.host, &request.instance).map_err(invalid)?,
+            image: image_id(request.image.as_ref()).map_err(invalid)?.into(),
+            epoch: convert::epoch(request.epoch).map_err(invalid)?,
+        };
+        self.call(call).await?;
+        Ok(Response::new(v1::RemoveResponse {}))
+    }
+
+    async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
+        let request = request.into_inner();
+        let speaker = convert::speaker(&request.host, &request.instance).map_err(invalid)?;
+        self.call(Call::Leave { speaker }).await?;
+        Ok(Response::new(v1::LeaveResponse {}))
+    }
+
+    type HeartbeatStream = ReceiverStream<Result<v1::Push, Status>>;
+
+    async fn heartbeat(
+        &self,
+        request: Request<Streaming<v1::Beat>>,
+    ) -> Result<Response<Self::HeartbeatStream>, Status> {
+        let pushes = heartbeat::open(
+            self.owner.clone(),
+            &self.next_stream,
+            self.stop.clone(),
+            request.into_inner(),
+        );
+        Ok(Response::new(pushes.await.map_err(status_of_call)?))
+    }
+
+    async fn add_image(
+        &self,
+        request: Request<v1::AddImageRequest>,
+    ) -> Result<Response<v1::AddImageResponse>, Status> {
+        let image = new_image(request.into_inner().image.as_ref()).map_err(invalid)?;
+        match self.call(Call::AddImage { image }).await? {
+            Answer::Image { image, created } => Ok(Response::new(v1::AddImageResponse {
+                image: Some((&image).into()),
+                created,
+            })),
+            _ => Err(mismatch()),
+        }
+    }
+
+    async fn get_image(
+        &self,
+        request: Request<v1::GetImageRequest>,
+    ) -> Result<Response<v1::GetImageResponse>, Status> {
+        let image = image_id_or_newest(request.into_inner().id.as_ref()).map_err(invalid)?;
+        let image = self
+            .owner
+            .ask(move |forest| forest.image(&image))
+            .await
+            .map_err(status_of_call)?
+            .map_err(|refusal| status(&refusal))?;
+        Ok(Response::new(v1::GetImageResponse {
+            image: Some(image.as_ref().into()),
+        }))
+    }
+
+    async fn list_images(
+        &self,
+        _request: Request<v1::ListImagesRequest>,
+    ) -> Result<Response<v1::ListImagesResponse>, Status> {
+        let images = self
+            .owner
+            .ask(crate::tree::Forest::list_images)
+            .await
+            .map_err(status_of_call)?;
+        Ok(Response::new(v1::ListImagesResponse {
+            images: images.iter().map(|image| image.as_ref().into()).collect(),
+        }))
+    }
+
+    async fn remove_image(
+        &self,
+        request: Request<v1::RemoveImageRequest>,
+    ) -> Result<Response<v1::RemoveImageResponse>, Status> {
+        let request = request.into_inner();
+        // Never "the newest": what is removed stands in the request.
+        let image = image_id(request.id.as_ref()).map_err(invalid)?.into();
+        let force = request.force;
+        match self.call(Call::RemoveImage { image, force }).await? {
+            Answer::Image { image, .. } => Ok(Response::new(v1::RemoveImageResponse {
+                image: Some((&image).into()),
+            })),
+            _ => Err(mismatch()),
+        }
+    }
+
+    async fn list_hosts(
+        &self,
+        _request: Request<v1::ListHostsRequest>,
+    ) -> Result<Response<v1::ListHostsResponse>, Status> {
+        let hosts = self
+            .owner
+            .ask(crate::tree::Forest::list_hosts)
+            .await
+            .map_err(status_of_call)?;
+        Ok(Response::new(v1::ListHostsResponse {
+            hosts: hosts.iter().map(convert::host).collect(),
+        }))
+    }
+
+    async fn get_tree(
+        &self,
+        request: Request<v1::GetTreeRequest>,
+    ) -> Result<Response<v1::GetTreeResponse>, Status> {
+        let image = image_id_or_newest(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let tree = self
+            .owner
+            .ask(move |forest| forest.tree(&image))
+            .await
+            .map_err(status_of_call)?
+            .map_err(|refusal| status(&refusal))?;
+        Ok(Response::new(convert::tree(&tree)))
+    }
+}

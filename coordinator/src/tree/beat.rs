@@ -1,0 +1,444 @@
+//! What a sign of life brings: leases renewed, states compared, attachments taken over, complaints heard.
+
+use std::collections::BTreeSet;
+
+use treeboot_types::{AttachState, Attachment, BadParent, Endpoint, Epoch, Fault, HostName, ImageId};
+
+use super::stripe::Node;
+use super::{
+    Beat, Change, Effect, Forest, Grove, Host, HostRecord, HostState, Key, MAX_ATTACHMENTS, MAX_HOSTS, Note,
+    Push, Record, Refusal, Speaker, StreamId, place,
+};
+
+/// Complaints of one host that are kept for people to see; the oldest go.
+const MAX_COMPLAINTS: usize = 16;
+/// Parents that a host is not put under again; with more, the trouble is the host's own.
+const MAX_AVOIDED: usize = 4;
+
+impl Forest {
+    /// Takes a beat in; false where it was refused or the host must first tell its state.
+    pub(super) fn beat(&mut self, stream: StreamId, beat: Beat, out: &mut Vec<Effect>) -> bool {
+        let speaker = &beat.speaker;
+        let name = &speaker.host;
+        if let Err(refusal) = self.admit_speaker(stream, speaker) {
+            self.streams.remove(&stream);
+            out.push(Effect::Note(Note::Refused {
+                refusal: refusal.clone(),
+            }));
+            out.push(Effect::Push(stream, Push::Refused(refusal)));
+            out.push(Effect::Close(stream));
+            return false;
+        }
+        let is_new = !self.hosts.contains_key(name);
+        match (&beat.state, is_new) {
+            (None, true) => {
+                out.push(Effect::Push(stream, Push::SendState));
+                return false;
+            }
+            (Some(state), true) => {
+                self.hosts.insert(name.clone(), Host::new(state));
+                self.save_host(name, out);
+                out.push(Effect::Note(Note::HostCame(name.clone())));
+            }
+            (_, false) => {}
+        }
+        let is_first = self.bind(stream, name, out);
+        if let Some(state) = beat.state {
+            self.take_state(name, beat.digest, state, is_first, out);
+        } else if self
+            .hosts
+            .get(name)
+            .is_some_and(|h| h.digest.as_ref() != Some(&beat.digest))
+        {
+            out.push(Effect::Push(stream, Push::SendState));
+        }
+        self.renew(name);
+        for complaint in beat.bad_parents.into_iter().take(MAX_COMPLAINTS) {
+            self.complain(name, complaint, out);
+        }
+        true
+    }
+
+    fn admit_speaker(&self, stream: StreamId, speaker: &Speaker) -> Result<(), Refusal> {
+        if let Some(bound) = self.streams.get(&stream)
+            && *bound != speaker.host
+        {
+            return Err(Refusal::OtherHost {
+                bound: bound.clone(),
+                host: speaker.host.clone(),
+            });
+        }
+        match self.hosts.get(&speaker.host) {
+            Some(host) if host.info.instance != speaker.instance => Err(self.other_instance(speaker)),
+            None if self.hosts.len() >= MAX_HOSTS => Err(Refusal::TooMany {
+                what: "hosts",
+                limit: MAX_HOSTS,
+                way_out: "run a second coordinator for the rest of the fleet",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ties a stream to its host and welcomes it; true if this is the stream's first beat.
+    fn bind(&mut self, stream: StreamId, name: &HostName, out: &mut Vec<Effect>) -> bool {
+        let Some(host) = self.hosts.get_mut(name) else {
+            return false;
+        };
+        if host.stream == Some(stream) {
+            return false;
+        }
+        // The agent came back before its old connection was known to be dead.
+        if let Some(old) = host.stream.replace(stream) {
+            self.streams.remove(&old);
+            out.push(Effect::Close(old));
+        }
+        self.streams.insert(stream, name.clone());
+        let welcome = Push::Welcome {
+            epoch: self.epoch,
+            beat_ms: self.settings.beat_ms,
+            lease_ms: self.settings.lease_ms,
+        };
+        out.push(Effect::Push(stream, welcome));
+        let origins: Vec<ImageId> = self
+            .images
+            .iter()
+            .filter(|(_, grove)| grove.is_origin(name))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for image in origins {
+            // It may have missed something; if nothing changed since, this is what it knows.
+            self.push_placement(&image, name, out);
+            self.tell_origin(&image, name);
+        }
+        true
+    }
+
+    fn save_host(&self, name: &HostName, out: &mut Vec<Effect>) {
+        if let Some(host) = self.hosts.get(name) {
+            let record = Record::Host(HostRecord {
+                info: host.info.clone(),
+            });
+            out.push(Effect::Save(Change::Put(Key::Host(name.clone()), record)));
+        }
+    }
+
+    /// Leases last from the newest beat: the host's own, and those of the places that its last state lists.
+    fn renew(&mut self, name: &HostName) {
+        let now = self.clock.heard_ms;
+        let Some(host) = self.hosts.get_mut(name) else {
+            return;
+        };
+        host.last_beat_ms = now;
+        host.lease_until_ms = now.saturating_add(self.settings.lease_ms);
+        for image in &host.listed {
+            if let Some(place) = self.images.get_mut(image).and_then(|g| g.places.get_mut(name)) {
+                let lease_ms = match place.state {
+                    AttachState::Pending => self.settings.pending_lease_ms,
+                    AttachState::Ready => self.settings.lease_ms,
+                };
+                place.lease_until_ms = place.lease_until_ms.max(now.saturating_add(lease_ms));
+            }
+        }
+    }
+
+    fn take_state(
+        &mut self,
+        name: &HostName,
+        digest: Vec<u8>,
+        state: HostState,
+        is_first: bool,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(host) = self.hosts.get_mut(name) else {
+            return;
+        };
+        host.digest = Some(digest);
+        host.vms = state.vms;
+        host.listed = state
+            .attachments
+            .iter()
+            .take(MAX_ATTACHMENTS)
+            .map(|a| a.image.clone())
+            .collect();
+        if host.info != state.info {
+            host.info = state.info;
+            self.save_host(name, out);
+        }
+        let newest = state
+            .attachments
+            .iter()
+            .map(|a| a.epoch)
+            .max()
+            .unwrap_or_default();
+        if newest > self.epoch {
+            self.begin_incarnation(name, newest, out);
+        }
+        for attachment in state.attachments.into_iter().take(MAX_ATTACHMENTS) {
+            self.compare(name, attachment, is_first, out);
+        }
+    }
+
+    /// A host was told more than the record has: part of it was lost, and a new incarnation outranks what was.
+    fn begin_incarnation(&mut self, host: &HostName, seen: Epoch, out: &mut Vec<Effect>) {
+        self.epoch = Epoch {
+            incarnation: seen.incarnation.saturating_add(1),
+            // Goes on growing, so that what is ordered by it stays in order.
+            counter: self.epoch.counter.max(seen.counter),
+        };
+        self.epoch_taken = false;
+        self.take_epoch();
+        out.push(Effect::Note(Note::StateLost {
+            host: host.clone(),
+            seen,
+            now: self.epoch,
+        }));
+    }
+
+    /// Compares what a host says of one attachment with the record. What is equal changes nothing.
+    fn compare(&mut self, name: &HostName, theirs: Attachment, is_first: bool, out: &mut Vec<Effect>) {
+        let id = theirs.image.clone();
+        let Some(grove) = self.images.get(&id) else {
+            // One that was removed here is to go; one that the coordinator never had must go on being served.
+            if self.hosts.get(name).is_some_and(|h| h.ended.contains_key(&id)) {
+                self.tell_detached(&id, name, "the image was removed", out);
+            } else {
+                out.push(Effect::Note(Note::UnknownAttachment {
+                    host: name.clone(),
+                    image: id,
+                }));
+            }
+            return;
+        };
+        if grove.is_origin(name) {
+            return;
+        }
+        if grove.image.digest != theirs.digest {
+            self.tell_detached(&id, name, "the image of this name has another content now", out);
+            return;
+        }
+        let Some(place) = grove.places.get(name) else {
+            let ended = self.hosts.get(name).and_then(|h| h.ended.get(&id)).copied();
+            match ended {
+                Some(ended) if theirs.epoch <= ended => {
+                    self.tell_detached(&id, name, "it was removed; join again if it is wanted", out);
+                }
+                _ => self.take_over(name, theirs, out),
+            }
+            return;
+        };
+        let (told, state) = (place.told.epoch, place.state);
+        if let Some(endpoint) = theirs.endpoint
+            && self.check_endpoint(&id, name, &endpoint).is_ok()
+        {
+            self.move_endpoint(&id, name, endpoint);
+        }
+        if theirs.state == AttachState::Ready && state == AttachState::Pending && theirs.epoch <= self.epoch {
+            if let Some(place) = self.images.get_mut(&id).and_then(|g| g.places.get_mut(name)) {
+                place.state = AttachState::Ready;
+            }
+            self.unsaved.insert((id.clone(), name.clone()));
+        }
+        // Placements are pushed when they change; only on a new stream may some have been missed.
+        if is_first && theirs.epoch != told {
+            self.push_placement(&id, name, out);
+        }
+    }
+
+    /// A host has an attachment that the record lacks: it keeps its place if that fits, or gets one.
+    fn take_over(&mut self, name: &HostName, theirs: Attachment, out: &mut Vec<Effect>) {
+        let id = theirs.image.clone();
+        let Some(endpoint) = theirs.endpoint.clone() else {
+            return;
+        };
+        if let Err(refusal) = self.check_endpoint(&id, name, &endpoint) {
+            out.push(Effect::Note(Note::Refused {
+                refusal: refusal.clone(),
+            }));
+            self.tell_detached(&id, name, &refusal.to_string(), out);
+            return;
+        }
+        let adopted = self.adopt(name, &theirs, endpoint.clone());
+        if adopted {
+            out.push(Effect::Note(Note::Attached {
+                host: name.clone(),
+                image: id,
+                adopted: true,
+            }));
+        } else if let Err(refusal) = self.attach(&id, name, endpoint, theirs.state, out) {
+            out.push(Effect::Note(Note::Refused { refusal }));
+        }
+    }
+
+    /// Enters a place as its host has it; false if its parents are not there or have no room.
+    fn adopt(&mut self, name: &HostName, theirs: &Attachment, endpoint: Endpoint) -> bool {
+        let Some(grove) = self.images.get(&theirs.image) else {
+            return false;
+        };
+        let Some(parents) = self.parents_as_told(grove, theirs) else {
+            return false;
+        };
+        let joined = self.take_epoch().counter;
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
+        let Some(grove) = self.images.get_mut(&theirs.image) else {
+            return false;
+        };
+        for (stripe, parents) in parents.into_iter().enumerate() {
+            let capacity = around.capacity(grove, stripe, name, joined);
+            if let Some(tree) = grove.stripes.get_mut(stripe) {
+                tree.insert_host(name, capacity, joined, parents);
+            }
+        }
+        self.note_place(&theirs.image, name, endpoint, theirs.state, joined);
+        true
+    }
+
+    /// The parents that a host acts on, stripe by stripe, with the shares that they would give it.
+    fn parents_as_told(&self, grove: &Grove, theirs: &Attachment) -> Option<Vec<Vec<(Node, u32)>>> {
+        let wanted = self.settings.active_parents;
+        let mut all = Vec::new();
+        for (index, tree) in (0..).zip(&grove.stripes) {
+            let told = theirs.stripes.iter().find(|s| s.stripe.0 == index)?;
+            let mut parents: Vec<(Node, u32)> = Vec::new();
+            let count = u32::try_from(told.active.len()).ok()?;
+            if count == 0 || count > wanted {
+                return None;
+            }
+            for (turn, parent) in (0..count).zip(&told.active) {
+                let node = grove.node_at(parent.host.as_ref(), &parent.endpoint)?;
+                let shares = wanted / count + u32::from(turn < wanted % count);
+                let is_known = parents.iter().any(|(known, _)| *known == node);
+                if is_known || tree.get(&node)?.free() < shares {
+                    return None;
+                }
+                parents.push((node, shares));
+            }
+            all.push(parents);
+        }
+        Some(all)
+    }
+
+    /// Counts a complaint, and moves somebody where that helps: not more often than once a lease.
+    fn complain(&mut self, by: &HostName, of: BadParent, out: &mut Vec<Effect>) {
+        let now = self.clock.heard_ms;
+        let lease_ms = self.settings.lease_ms;
+        let Some(parent) = self.parent_of(by, &of) else {
+            // Not its parent: an ended edge, or a host that speaks ill of others.
+            return;
+        };
+        if of.fault == Fault::WrongBytes
+            && let Some(host) = of.host.as_ref().and_then(|h| self.hosts.get_mut(h))
+        {
+            host.wrong_bytes_reports = host.wrong_bytes_reports.saturating_add(of.count);
+        }
+        out.push(Effect::Note(Note::Complaint {
+            by: by.clone(),
+            of: of.clone(),
+        }));
+        let Some(host) = self.hosts.get_mut(by) else {
+            return;
+        };
+        let same = |b: &BadParent| (&b.image, &b.host, b.fault) == (&of.image, &of.host, of.fault);
+        match host.reported_by_it.iter_mut().find(|b| same(b)) {
+            Some(known) => known.count = known.count.saturating_add(of.count),
+            None => host.reported_by_it.push(of.clone()),
+        }
+        if host.reported_by_it.len() > MAX_COMPLAINTS {
+            host.reported_by_it.remove(0);
+        }
+        // A parent that is slow or gone is its lease's business; one that ships wrong bytes is not to be waited for.
+        if of.fault != Fault::WrongBytes || host.avoids.len() >= MAX_AVOIDED {
+            return;
+        }
+        let recently = |host: &Host| {
+            host.moved_at_ms
+                .is_some_and(|at| now < at.saturating_add(lease_ms))
+        };
+        if recently(host) {
+            return;
+        }
+        host.avoids.insert(of.host.clone());
+        let accused_recently = of
+            .host
+            .as_ref()
+            .and_then(|h| self.hosts.get(h))
+            .is_some_and(recently);
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
+        let Some(grove) = self.images.get_mut(&of.image) else {
+            return;
+        };
+        let stripe = usize::from(of.stripe.0);
+        let moved = around.move_away(grove, stripe, by, &parent);
+        let demoted = match &parent {
+            Node::Host(accused) if !moved && !accused_recently => around.demote(grove, stripe, accused),
+            _ => false,
+        };
+        self.changed.insert(of.image);
+        for (whom, did_move) in [(Some(by), moved || demoted), (of.host.as_ref(), demoted)] {
+            if did_move && let Some(host) = whom.and_then(|h| self.hosts.get_mut(h)) {
+                host.moved_at_ms = Some(now);
+            }
+        }
+    }
+
+    fn parent_of(&self, child: &HostName, complaint: &BadParent) -> Option<Node> {
+        let grove = self.images.get(&complaint.image)?;
+        let vertex = grove.stripes.get(usize::from(complaint.stripe.0))?.host(child)?;
+        let matches = |node: &Node| match (node, &complaint.host) {
+            (Node::Host(host), Some(name)) => host == name,
+            (Node::Origin(index), name) => {
+                let origin = grove.image.origins.get(usize::from(*index));
+                origin.is_some_and(|o| {
+                    o.host == *name && (name.is_some() || o.endpoint.portal.as_str() == complaint.portal)
+                })
+            }
+            (Node::Host(_), None) => false,
+        };
+        vertex.parents.keys().find(|node| matches(node)).cloned()
+    }
+}
+
+impl Host {
+    fn new(state: &HostState) -> Self {
+        Self::unheard(state.info.clone())
+    }
+
+    /// A host of which only the record speaks.
+    pub(super) fn unheard(info: treeboot_types::HostInfo) -> Self {
+        Self {
+            info,
+            stream: None,
+            digest: None,
+            listed: BTreeSet::new(),
+            vms: 0,
+            last_beat_ms: 0,
+            lease_until_ms: 0,
+            ended: std::collections::BTreeMap::new(),
+            avoids: BTreeSet::new(),
+            moved_at_ms: None,
+            reported_by_it: Vec::new(),
+            wrong_bytes_reports: 0,
+        }
+    }
+}
+
+impl Grove {
+    /// The vertex that a host means by a parent: its name, or for an origin where it is served.
+    fn node_at(&self, host: Option<&HostName>, endpoint: &Endpoint) -> Option<Node> {
+        let mut origins = (0..).zip(&self.image.origins);
+        let same = |o: &Endpoint| o.portal == endpoint.portal && o.target == endpoint.target;
+        let origin = origins.find(|(_, o)| o.host.as_ref() == host && (host.is_some() || same(&o.endpoint)));
+        match (origin, host) {
+            (Some((index, _)), _) => Some(Node::Origin(index)),
+            (None, Some(host)) => Some(Node::Host(host.clone())),
+            (None, None) => None,
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! The attach trees as a pure state machine: events in, effects out.
+//!
+//! Deliberately absent: clocks (time is an argument), I/O, async, randomness and panics. Who waits for an answer, how
+//! a placement travels and where the record is kept is the shell's business; it must only make what [`Effect::Save`]
+//! says durable before it carries out any other effect of the same step.
+//!
+//! The laws, each a property test in `tests`: every host reaches an origin; no cycle; fan-out bounded; depth within
+//! one level of the best; no slot without a lease; every step ends; an equal event changes nothing; what hosts were
+//! told is what the trees say.
+
+mod audit;
+mod beat;
+mod call;
+mod event;
+mod load;
+mod place;
+mod policy;
+mod publish;
+mod query;
+mod record;
+mod stripe;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use treeboot_types::{
+    AttachState, BadParent, Child, Endpoint, Epoch, HostInfo, HostName, Image, ImageId, ImageName, ImageRef,
+    PathPolicy, StripePlacement, Tick,
+};
+
+pub use event::{
+    Answer, Beat, Call, CallId, Effect, Event, HostState, Note, Push, Refusal, Speaker, StreamId,
+};
+pub use load::LoadError;
+pub use policy::{KAry, Policy, Role};
+pub use query::{Candidate, HostView, TreeView, VertexView};
+pub use record::{AttachmentRecord, Change, HeldOf, HeldShare, HostRecord, Key, Record};
+
+use stripe::Stripe;
+
+/// How the trees are kept.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Shapes the trees.
+    pub policy: Arc<dyn Policy>,
+    /// Parents that a host reads from at once, each at 1/n of a slot; from 1.
+    pub active_parents: u32,
+    /// How active parents share the load.
+    pub path_policy: PathPolicy,
+    /// How often a host is to beat.
+    pub beat_ms: u64,
+    /// How long a host and its ready slots last without a beat.
+    pub lease_ms: u64,
+    /// How long a slot lasts that nobody registered and no beat mentions.
+    pub pending_lease_ms: u64,
+}
+
+/// Most hosts that one coordinator knows: the fleet of the design.
+pub const MAX_HOSTS: usize = 100_000;
+/// Most versions of images in the record; each is a few hundred bytes and a tree.
+pub const MAX_IMAGES: usize = 10_000;
+/// Attachments of one host. A host holds as many caches and exports, so more is a runaway client.
+pub const MAX_ATTACHMENTS: usize = 1_024;
+
+/// All trees of all images, and the hosts.
+#[derive(Debug)]
+pub struct Forest {
+    settings: Settings,
+    /// The last one given out.
+    epoch: Epoch,
+    /// Whether this step gave one out.
+    epoch_taken: bool,
+    clock: LeaseClock,
+    images: BTreeMap<ImageId, Grove>,
+    /// The highest version that each name ever had.
+    newest: BTreeMap<ImageName, u32>,
+    hosts: BTreeMap<HostName, Host>,
+    streams: BTreeMap<StreamId, HostName>,
+    /// Images whose trees this step changed.
+    changed: BTreeSet<ImageId>,
+    /// Places whose record this step changed although their placement reads the same.
+    unsaved: BTreeSet<(ImageId, HostName)>,
+    /// Hosts that this step takes out: nobody is moved under them.
+    dying: BTreeSet<HostName>,
+}
+
+/// Time as leases count it: only while the coordinator listened. A process that was stopped for an hour, or a clock
+/// that jumps, must not end every lease at once.
+#[derive(Debug, Clone, Copy, Default)]
+struct LeaseClock {
+    last: Option<Tick>,
+    heard_ms: u64,
+}
+
+/// The trees of one image.
+#[derive(Debug)]
+struct Grove {
+    image: Arc<Image>,
+    origin_endpoints: Vec<Arc<Endpoint>>,
+    stripes: Vec<Stripe>,
+    places: BTreeMap<HostName, Place>,
+    /// What the agents of its origins were told.
+    origins_told: BTreeMap<HostName, Told>,
+}
+
+/// A host's place in the trees of an image.
+#[derive(Debug)]
+struct Place {
+    endpoint: Arc<Endpoint>,
+    state: AttachState,
+    /// When its parents changed last.
+    position: Epoch,
+    joined: u64,
+    lease_until_ms: u64,
+    told: Told,
+}
+
+/// The placement that a host was told last.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Told {
+    epoch: Epoch,
+    stripes: Vec<StripePlacement>,
+    children: Vec<Child>,
+}
+
+#[derive(Debug)]
+struct Host {
+    info: HostInfo,
+    stream: Option<StreamId>,
+    /// Of the last state that it sent.
+    digest: Option<Vec<u8>>,
+    /// What that state lists.
+    listed: BTreeSet<ImageId>,
+    vms: u32,
+    last_beat_ms: u64,
+    lease_until_ms: u64,
+    /// Attachments that ended, so that a late beat does not bring them back.
+    ended: BTreeMap<ImageId, Epoch>,
+    /// Parents that it complained of and is not put under again.
+    avoids: BTreeSet<Option<HostName>>,
+    /// When a complaint of it, or about it, last moved somebody.
+    moved_at_ms: Option<u64>,
+    reported_by_it: Vec<BadParent>,
+    wrong_bytes_reports: u64,
+}
+
+impl Forest {
+    /// Trees without hosts and images.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            // Never zero, so that a host that was never told anything is behind everybody.
+            epoch: Epoch {
+                incarnation: 1,
+                counter: 0,
+            },
+            epoch_taken: false,
+            clock: LeaseClock::default(),
+            images: BTreeMap::new(),
+            newest: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            unsaved: BTreeSet::new(),
+            dying: BTreeSet::new(),
+        }
+    }
+
+    /// One event, at a time of a monotonic clock. Effects are appended to `out`.
+    pub fn step(&mut self, now: Tick, event: Event, out: &mut Vec<Effect>) {
+        self.advance(now, out);
+        match event {
+            Event::Clock => {
+                self.end_leases(out);
+                self.publish(None, out);
+            }
+            Event::Beat(stream, beat) => {
+                let sequence = beat.sequence;
+                let taken = self.beat(stream, *beat, out);
+                self.publish(None, out);
+                if taken {
+                    out.push(Effect::Push(stream, Push::Ack { sequence }));
+                }
+            }
+            Event::StreamClosed(stream) => self.close_stream(stream),
+            Event::Call(call, what) => {
+                let outcome = self.call(*what, out);
+                let answered = match &outcome {
+                    Ok(call::Outcome::Joined(image, host)) => Some((image.clone(), host.clone())),
+                    _ => None,
+                };
+                self.publish(answered, out);
+                let answer = outcome.map(|outcome| self.answer(outcome));
+                if let Err(refusal) = &answer {
+                    out.push(Effect::Note(Note::Refused {
+                        refusal: refusal.clone(),
+                    }));
+                }
+                out.push(Effect::Answer(call, answer));
+            }
+        }
+        // The audit looks at everything, so it is for small trees, which show every law as well as large ones.
+        debug_assert!(
+            self.hosts.len() > 64 || self.audit().is_ok(),
+            "{:?}",
+            self.audit()
+        );
+    }
+
+    /// The last epoch that was given out.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// How the trees are kept.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn advance(&mut self, now: Tick, out: &mut Vec<Effect>) {
+        let passed = self.clock.last.map_or(0, |last| now.since_ms(last));
+        // The clock event comes at least every beat; what is beyond two of them was not listened to.
+        let counted = passed.min(self.settings.beat_ms.saturating_mul(2));
+        if counted < passed {
+            out.push(Effect::Note(Note::Deaf {
+                at: now,
+                ms: passed - counted,
+            }));
+        }
+        self.clock.heard_ms = self.clock.heard_ms.saturating_add(counted);
+        self.clock.last = Some(self.clock.last.map_or(now, |last| last.max(now)));
+    }
+
+    /// The epoch of this step's decisions.
+    fn take_epoch(&mut self) -> Epoch {
+        if !self.epoch_taken {
+            self.epoch_taken = true;
+            self.epoch.counter = self.epoch.counter.saturating_add(1);
+        }
+        self.epoch
+    }
+
+    fn end_leases(&mut self, out: &mut Vec<Effect>) {
+        let now = self.clock.heard_ms;
+        let lost: BTreeSet<HostName> = self
+            .hosts
+            .iter()
+            .filter(|(_, host)| host.lease_until_ms <= now)
+            .map(|(name, _)| name.clone())
+            .collect();
+        let ended: Vec<(ImageId, HostName)> = self
+            .images
+            .iter()
+            .flat_map(|(id, grove)| grove.places.iter().map(move |(host, place)| (id, host, place)))
+            .filter(|(_, host, place)| place.lease_until_ms <= now && !lost.contains(*host))
+            .map(|(id, host, _)| (id.clone(), host.clone()))
+            .collect();
+        self.dying = lost;
+        for host in self.deepest_first(&self.dying) {
+            let silent_ms = now.saturating_sub(self.hosts.get(&host).map_or(0, |h| h.last_beat_ms));
+            self.drop_host(&host, out);
+            out.push(Effect::Note(Note::HostLost { host, silent_ms }));
+        }
+        self.dying.clear();
+        for (image, host) in ended {
+            self.drop_place(&image, &host, out);
+            self.tell_detached(
+                &image,
+                &host,
+                "its lease ended: nobody registered or mentioned it",
+                out,
+            );
+            out.push(Effect::Note(Note::LeaseEnded { host, image }));
+        }
+    }
+
+    /// Hosts that go together go from the leaves upward, so that nobody is moved under one that goes next.
+    fn deepest_first(&self, hosts: &BTreeSet<HostName>) -> Vec<HostName> {
+        let depth = |host: &HostName| {
+            let groves = self.images.values();
+            let stripes = groves
+                .filter(|g| g.places.contains_key(host))
+                .flat_map(|g| &g.stripes);
+            stripes
+                .filter_map(|s| Some(s.host(host)?.depth))
+                .max()
+                .unwrap_or(0)
+        };
+        let mut order: Vec<(u32, HostName)> = hosts.iter().map(|h| (depth(h), h.clone())).collect();
+        order.sort_by(|a, b| b.cmp(a));
+        order.into_iter().map(|(_, host)| host).collect()
+    }
+
+    /// A host is gone, with all its places.
+    fn drop_host(&mut self, host: &HostName, out: &mut Vec<Effect>) {
+        let images: Vec<ImageId> = self
+            .images
+            .iter()
+            .filter(|(_, grove)| grove.places.contains_key(host))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for image in images {
+            self.drop_place(&image, host, out);
+        }
+        if let Some(host) = self.hosts.remove(host)
+            && let Some(stream) = host.stream
+        {
+            self.streams.remove(&stream);
+            out.push(Effect::Close(stream));
+        }
+        out.push(Effect::Save(Change::Delete(Key::Host(host.clone()))));
+    }
+
+    /// A host's place is free; its children get other parents.
+    fn drop_place(&mut self, image: &ImageId, host: &HostName, out: &mut Vec<Effect>) {
+        let Some(grove) = self.images.get_mut(image) else {
+            return;
+        };
+        if grove.places.remove(host).is_none() {
+            return;
+        }
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
+        for stripe in 0..grove.stripes.len() {
+            around.vacate(grove, stripe, host);
+        }
+        self.changed.insert(image.clone());
+        self.unsaved.remove(&(image.clone(), host.clone()));
+        out.push(Effect::Save(Change::Delete(Key::Attachment(
+            image.clone(),
+            host.clone(),
+        ))));
+        let epoch = self.take_epoch();
+        if let Some(host) = self.hosts.get_mut(host) {
+            host.end(image.clone(), epoch);
+        }
+    }
+
+    fn tell_detached(&mut self, image: &ImageId, host: &HostName, reason: &str, out: &mut Vec<Effect>) {
+        let epoch = self.epoch;
+        if let Some(stream) = self.hosts.get(host).and_then(|h| h.stream) {
+            let detach = Push::Detach {
+                image: image.clone(),
+                epoch,
+                reason: reason.into(),
+            };
+            out.push(Effect::Push(stream, detach));
+        }
+    }
+
+    fn close_stream(&mut self, stream: StreamId) {
+        if let Some(name) = self.streams.remove(&stream)
+            && let Some(host) = self.hosts.get_mut(&name)
+            && host.stream == Some(stream)
+        {
+            host.stream = None;
+        }
+    }
+
+    fn resolve(&self, image: &ImageRef) -> Result<ImageId, Refusal> {
+        let unknown = || Refusal::UnknownImage {
+            image: image.to_string(),
+        };
+        let id = match image.version {
+            Some(version) => ImageId {
+                name: image.name.clone(),
+                version,
+            },
+            None => self
+                .images
+                .keys()
+                .rfind(|id| id.name == image.name)
+                .cloned()
+                .ok_or_else(unknown)?,
+        };
+        if self.images.contains_key(&id) {
+            Ok(id)
+        } else {
+            Err(unknown())
+        }
+    }
+}
+
+impl Host {
+    /// Remembers that an attachment ended.
+    fn end(&mut self, image: ImageId, epoch: Epoch) {
+        self.ended.insert(image, epoch);
+        if self.ended.len() > MAX_ATTACHMENTS {
+            // The oldest is the least likely to be mentioned by a beat that is still on its way.
+            if let Some(oldest) = self
+                .ended
+                .iter()
+                .min_by_key(|(_, epoch)| **epoch)
+                .map(|(i, _)| i.clone())
+            {
+                self.ended.remove(&oldest);
+            }
+        }
+    }
+}
+
+impl Grove {
+    fn new(image: Image, settings: &Settings) -> Self {
+        let mut grove = Self {
+            stripes: (0..image.stripes).map(|_| Stripe::default()).collect(),
+            origin_endpoints: Vec::new(),
+            places: BTreeMap::new(),
+            origins_told: BTreeMap::new(),
+            image: Arc::new(image),
+        };
+        grove.take_in_origins(settings);
+        grove
+    }
+
+    /// Gives origins their slots and keeps their endpoints at hand.
+    fn take_in_origins(&mut self, settings: &Settings) {
+        let origins = &self.image.origins;
+        self.origin_endpoints = origins.iter().map(|o| Arc::new(o.endpoint.clone())).collect();
+        let stripes = self.image.stripes;
+        for (index, stripe) in (0..).map(treeboot_types::StripeIndex).zip(&mut self.stripes) {
+            let shares = settings.shares(settings.policy.slots(index, stripes, Role::Origin));
+            for (origin, _) in (0..).zip(origins) {
+                stripe.insert_origin(origin, shares);
+            }
+        }
+    }
+
+    /// Whether a host serves all of the image from its own store.
+    fn is_origin(&self, host: &HostName) -> bool {
+        self.origin_of(host).is_some()
+    }
+
+    fn origin_of(&self, host: &HostName) -> Option<u16> {
+        let mut origins = (0..).zip(&self.image.origins);
+        origins
+            .find(|(_, o)| o.host.as_ref() == Some(host))
+            .map(|(i, _)| i)
+    }
+}
+
+impl Settings {
+    /// Slots in shares.
+    fn shares(&self, slots: u32) -> u32 {
+        slots.saturating_mul(self.active_parents)
+    }
+}

@@ -1,0 +1,298 @@
+//! Who is told of what changed: placements are compared with what was told last, so that nobody is told twice.
+//!
+//! The order is part of the safety: first those who lose children, so that nobody feeds a host that moved; then from
+//! the root downward, so that a parent knows its child before the child comes.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use treeboot_types::{
+    Child, Epoch, HostName, Image, ImageId, Parent, Placement, StripeIndex, StripePlacement,
+};
+
+use super::stripe::{FALLBACK_LEVELS, Node};
+use super::{
+    AttachmentRecord, Change, Effect, Forest, Grove, HeldOf, HeldShare, Key, Note, Place, Push, Record, Told,
+    place,
+};
+
+/// A placement that reads otherwise than what its host was told.
+struct News {
+    /// Children are taken away.
+    takes: bool,
+    depth: u32,
+    host: HostName,
+    image: ImageId,
+    told: Told,
+    /// The host has other parents than before.
+    moves: bool,
+    /// It had none before.
+    is_new: bool,
+}
+
+impl Forest {
+    /// Saves and sends what changed in this step; `answered` gets its placement as an answer instead.
+    pub(super) fn publish(&mut self, answered: Option<(ImageId, HostName)>, out: &mut Vec<Effect>) {
+        let mut news = self.news();
+        if !news.is_empty() {
+            let epoch = self.take_epoch();
+            news.iter_mut().for_each(|n| n.told.epoch = epoch);
+        }
+        news.sort_by(|a, b| (!a.takes, a.depth, &a.host).cmp(&(!b.takes, b.depth, &b.host)));
+        for item in &news {
+            let Some(grove) = self.images.get_mut(&item.image) else {
+                continue;
+            };
+            if let Some(place) = grove.places.get_mut(&item.host) {
+                if item.moves {
+                    place.position = item.told.epoch;
+                }
+                place.told = item.told.clone();
+                self.unsaved.insert((item.image.clone(), item.host.clone()));
+            } else {
+                grove.origins_told.insert(item.host.clone(), item.told.clone());
+            }
+        }
+        for (image, host) in std::mem::take(&mut self.unsaved) {
+            if let Some(grove) = self.images.get(&image)
+                && let Some(place) = grove.places.get(&host)
+            {
+                let record = record_of(grove, &host, place);
+                out.push(Effect::Save(Change::Put(
+                    Key::Attachment(image, host),
+                    Record::Attachment(record),
+                )));
+            }
+        }
+        if std::mem::take(&mut self.epoch_taken) {
+            out.push(Effect::Save(Change::Put(Key::Epoch, Record::Epoch(self.epoch))));
+        }
+        self.note_moves(&news, out);
+        for item in news {
+            let told_otherwise = answered
+                .as_ref()
+                .is_some_and(|(i, h)| *i == item.image && *h == item.host);
+            if !told_otherwise {
+                self.push_placement(&item.image, &item.host, out);
+            }
+        }
+    }
+
+    fn note_moves(&self, news: &[News], out: &mut Vec<Effect>) {
+        let moved = |image: &ImageId| {
+            let of_image = news.iter().filter(|n| n.image == *image);
+            of_image.filter(|n| n.moves && !n.is_new).count()
+        };
+        let images: BTreeSet<&ImageId> = news.iter().map(|n| &n.image).collect();
+        for image in images {
+            let hosts = moved(image);
+            if hosts > 0 {
+                let image = image.clone();
+                out.push(Effect::Note(Note::Moved { image, hosts }));
+            }
+        }
+    }
+
+    /// Tells a host its place in an image's trees as it is in force.
+    pub(super) fn push_placement(&self, image: &ImageId, host: &HostName, out: &mut Vec<Effect>) {
+        if let Some(stream) = self.hosts.get(host).and_then(|h| h.stream)
+            && let Some(placement) = self.placement(image, host)
+        {
+            out.push(Effect::Push(stream, Push::Placement(Box::new(placement))));
+        }
+    }
+
+    /// What a host was told last of an image.
+    pub(super) fn placement(&self, image: &ImageId, host: &HostName) -> Option<Placement> {
+        let grove = self.images.get(image)?;
+        let told = match grove.places.get(host) {
+            Some(place) => &place.told,
+            None => grove.origins_told.get(host)?,
+        };
+        Some(Placement {
+            image: self.image_for(grove, host),
+            epoch: told.epoch,
+            stripes: told.stripes.clone(),
+            children: told.children.clone(),
+        })
+    }
+
+    /// The record with its origins nearest first for a host.
+    fn image_for(&self, grove: &Grove, host: &HostName) -> Arc<Image> {
+        let order = self.origins_for(grove, host);
+        if order.windows(2).all(|pair| pair[0] < pair[1]) {
+            return grove.image.clone();
+        }
+        let mut image = Image::clone(&grove.image);
+        image.origins = order
+            .iter()
+            .filter_map(|&i| grove.image.origins.get(usize::from(i)).cloned())
+            .collect();
+        Arc::new(image)
+    }
+
+    /// Indices of the origins, nearest first for a host.
+    pub(super) fn origins_for(&self, grove: &Grove, host: &HostName) -> Vec<u16> {
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
+        let mut order: Vec<u16> = (0..).zip(&grove.image.origins).map(|(i, _)| i).collect();
+        order.sort_by_key(|&i| around.distance(&grove.image, i, host));
+        order
+    }
+
+    fn news(&mut self) -> Vec<News> {
+        let mut news = Vec::new();
+        for image in std::mem::take(&mut self.changed) {
+            let Some(grove) = self.images.get_mut(&image) else {
+                continue;
+            };
+            let touched: BTreeSet<Node> = grove.stripes.iter_mut().flat_map(|s| s.take_touched()).collect();
+            let Some(grove) = self.images.get(&image) else {
+                continue;
+            };
+            let agents: BTreeSet<HostName> = touched.iter().filter_map(|n| grove.agent_of(n)).collect();
+            news.extend(
+                agents
+                    .into_iter()
+                    .filter_map(|host| self.news_for(&image, grove, host)),
+            );
+        }
+        news
+    }
+
+    fn news_for(&self, image: &ImageId, grove: &Grove, host: HostName) -> Option<News> {
+        let nobody = Told::default();
+        let (told, is_place) = match grove.places.get(&host) {
+            Some(place) => (&place.told, true),
+            None if grove.is_origin(&host) => (grove.origins_told.get(&host).unwrap_or(&nobody), false),
+            None => return None,
+        };
+        let (stripes, children) = self.view(grove, &host);
+        if told.stripes == stripes && told.children == children {
+            return None;
+        }
+        let parents = |stripes: &[StripePlacement]| -> Vec<Vec<Option<HostName>>> {
+            stripes
+                .iter()
+                .map(|s| s.active.iter().map(|p| p.host.clone()).collect())
+                .collect()
+        };
+        Some(News {
+            takes: told.children.iter().any(|child| !children.contains(child)),
+            depth: stripes.iter().map(|s| s.depth).max().unwrap_or(0),
+            image: image.clone(),
+            moves: is_place && parents(&told.stripes) != parents(&stripes),
+            is_new: told.epoch == Epoch::default(),
+            told: Told {
+                epoch: told.epoch,
+                stripes,
+                children,
+            },
+            host,
+        })
+    }
+
+    /// A host's placement as the trees have it.
+    pub(super) fn view(&self, grove: &Grove, host: &HostName) -> (Vec<StripePlacement>, Vec<Child>) {
+        let origin = grove.origin_of(host);
+        let node = origin.map_or_else(|| Node::Host(host.clone()), Node::Origin);
+        let order = match origin {
+            Some(_) => Vec::new(),
+            None => self.origins_for(grove, host),
+        };
+        let mut stripes = Vec::new();
+        let mut children = Vec::new();
+        for (stripe, tree) in (0..).map(StripeIndex).zip(&grove.stripes) {
+            let Some(vertex) = tree.get(&node) else {
+                continue;
+            };
+            let parent = |n: &Node| grove.parent(stripe, n);
+            let active: Vec<&Node> = vertex.parents.keys().collect();
+            let ancestors = tree.above(&node, FALLBACK_LEVELS + 1);
+            let hosts_above = ancestors
+                .iter()
+                .skip(1)
+                .flatten()
+                .filter(|n| matches!(n, Node::Host(_)));
+            let origins: Vec<Node> = order.iter().map(|&i| Node::Origin(i)).collect();
+            let fallbacks = hosts_above.chain(&origins).filter(|n| !active.contains(n));
+            stripes.push(StripePlacement {
+                stripe,
+                active: active.iter().filter_map(|n| parent(n)).collect(),
+                fallbacks: fallbacks.filter_map(parent).collect(),
+                policy: self.settings.path_policy,
+                depth: vertex.depth,
+            });
+            // An origin lets in everybody, so it is told of its own children only.
+            let levels = if origin.is_some() { 1 } else { FALLBACK_LEVELS + 1 };
+            for (level, row) in tree.below(&node, levels).into_iter().enumerate() {
+                let hosts = row.into_iter().filter_map(|n| match n {
+                    Node::Host(host) => Some(host),
+                    Node::Origin(_) => None,
+                });
+                children.extend(hosts.map(|host| Child {
+                    host,
+                    stripe,
+                    fallback: level > 0,
+                }));
+            }
+        }
+        (stripes, children)
+    }
+}
+
+impl Grove {
+    /// The agent behind a vertex; none for a foreign origin.
+    fn agent_of(&self, node: &Node) -> Option<HostName> {
+        match node {
+            Node::Host(host) => Some(host.clone()),
+            Node::Origin(index) => self.image.origins.get(usize::from(*index))?.host.clone(),
+        }
+    }
+
+    /// A vertex as its children see it.
+    pub(super) fn parent(&self, stripe: StripeIndex, node: &Node) -> Option<Parent> {
+        let (host, endpoint, origin) = match node {
+            Node::Host(host) => (Some(host.clone()), &self.places.get(host)?.endpoint, false),
+            Node::Origin(index) => {
+                let index = usize::from(*index);
+                let host = self.image.origins.get(index)?.host.clone();
+                (host, self.origin_endpoints.get(index)?, true)
+            }
+        };
+        Some(Parent {
+            host,
+            endpoint: endpoint.clone(),
+            origin,
+            depth: self.stripes.get(usize::from(stripe.0))?.get(node)?.depth,
+        })
+    }
+}
+
+fn record_of(grove: &Grove, host: &HostName, place: &Place) -> AttachmentRecord {
+    let held = |tree: &super::Stripe| {
+        let parents = tree
+            .host(host)
+            .map(|vertex| vertex.parents.clone())
+            .unwrap_or_default();
+        let held = parents.into_iter().map(|(node, shares)| HeldShare {
+            of: match node {
+                Node::Origin(index) => HeldOf::Origin(index),
+                Node::Host(host) => HeldOf::Host(host),
+            },
+            shares,
+        });
+        held.collect()
+    };
+    AttachmentRecord {
+        endpoint: place.endpoint.as_ref().clone(),
+        state: place.state,
+        epoch: place.told.epoch,
+        position: place.position,
+        joined: place.joined,
+        stripes: grove.stripes.iter().map(held).collect(),
+    }
+}

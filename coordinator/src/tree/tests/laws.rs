@@ -1,0 +1,210 @@
+//! Random histories: after each event every law holds, seen from inside and from the hosts.
+
+use proptest::prelude::*;
+
+use treeboot_types::Fault;
+
+use super::world::{World, host, image_ref};
+use crate::tree::{Event, Key, Note, Record};
+
+const HOSTS: usize = 24;
+
+/// A second or two; PROPTEST_CASES asks for more. A failure prints the shortest history that shows it, which then
+/// becomes a test with a name, so no file of seeds is kept.
+fn config() -> ProptestConfig {
+    let mut config = ProptestConfig::default();
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 192;
+    }
+    config.failure_persistence = None;
+    config
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Op {
+    Join(usize),
+    Register(usize),
+    Remove(usize),
+    Leave(usize),
+    Disconnect(usize),
+    Connect(usize),
+    Beat(usize),
+    Report(usize),
+    /// Everybody who is connected beats while this many beats pass.
+    Pass(u64),
+    Restart,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let host = 0..HOSTS;
+    prop_oneof![
+        8 => host.clone().prop_map(Op::Join),
+        3 => host.clone().prop_map(Op::Register),
+        2 => host.clone().prop_map(Op::Remove),
+        2 => host.clone().prop_map(Op::Leave),
+        2 => host.clone().prop_map(Op::Disconnect),
+        3 => host.clone().prop_map(Op::Connect),
+        2 => host.clone().prop_map(Op::Beat),
+        2 => host.prop_map(Op::Report),
+        2 => (1u64..12).prop_map(Op::Pass),
+        1 => Just(Op::Restart),
+    ]
+}
+
+fn apply(world: &mut World, op: Op) {
+    let known = |world: &World, number| world.agents.contains_key(&host(number));
+    match op {
+        Op::Join(n) => {
+            if !known(world, n) {
+                world.come(&host(n));
+            } else if world.agents[&host(n)].stream.is_none() {
+                world.connect(&host(n));
+            }
+            world.join(&host(n)).unwrap();
+        }
+        Op::Register(n) if known(world, n) => drop(world.register(&host(n))),
+        Op::Remove(n) if known(world, n) => drop(world.remove(&host(n))),
+        Op::Leave(n) if known(world, n) => drop(world.leave(&host(n))),
+        Op::Disconnect(n) if known(world, n) => world.disconnect(&host(n)),
+        Op::Connect(n) if known(world, n) => world.connect(&host(n)),
+        Op::Beat(n) if known(world, n) => world.beat(&host(n)),
+        Op::Report(n) if known(world, n) => {
+            let tree = world.forest.tree(&image_ref()).unwrap();
+            let me = tree
+                .vertices
+                .iter()
+                .find(|v| v.host.as_ref().is_some_and(|h| h.as_str() == host(n)));
+            let parent = me
+                .and_then(|v| v.parents.first())
+                .filter(|p| known_name(world, p));
+            if let Some(parent) = parent {
+                let parent = parent.clone();
+                world.report(&host(n), &parent, Fault::WrongBytes);
+            }
+        }
+        Op::Pass(beats) => {
+            let connected: Vec<String> = world
+                .agents
+                .iter()
+                .filter(|(_, a)| a.stream.is_some())
+                .map(|(h, _)| h.clone())
+                .collect();
+            let connected: Vec<&str> = connected.iter().map(String::as_str).collect();
+            world.pass(beats * super::world::BEAT_MS, &connected);
+        }
+        Op::Restart => world.restart(),
+        _ => {}
+    }
+}
+
+fn known_name(world: &World, name: &str) -> bool {
+    world.agents.contains_key(name)
+}
+
+/// What the record must say, told from the trees alone.
+fn check_record(world: &World) -> Result<(), String> {
+    let tree = world.forest.tree(&image_ref()).map_err(|e| e.to_string())?;
+    let in_tree: Vec<_> = tree
+        .vertices
+        .iter()
+        .filter(|v| !v.origin)
+        .filter_map(|v| v.host.clone())
+        .collect();
+    let recorded = world
+        .record
+        .keys()
+        .filter(|k| matches!(k, Key::Attachment(..)))
+        .count();
+    if recorded != in_tree.len() {
+        return Err(format!(
+            "{recorded} places in the record, {} in the tree",
+            in_tree.len()
+        ));
+    }
+    match world.record.get(&Key::Epoch) {
+        Some(Record::Epoch(epoch)) if *epoch == world.forest.epoch() => Ok(()),
+        other => Err(format!(
+            "the record has {other:?}, the trees {}",
+            world.forest.epoch()
+        )),
+    }
+}
+
+fn check(world: &World) -> Result<(), String> {
+    world.forest.audit()?;
+    // A host that comes back after its lease keeps its old place even where that is deep: nobody moves for it, and the
+    // next departure puts it right.
+    let adopted = |note: &Note| matches!(note, Note::Attached { adopted: true, .. });
+    if !world.notes.iter().any(adopted) {
+        world.forest.audit_depth()?;
+    }
+    world.check_told()?;
+    check_record(world)
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn every_law_holds_after_every_event(
+        fan_out in 1u32..4,
+        active_parents in 1u32..4,
+        ops in proptest::collection::vec(op(), 1..80),
+    ) {
+        let mut world = World::new(fan_out, active_parents);
+        for (at, op) in ops.iter().enumerate() {
+            apply(&mut world, *op);
+            if let Err(why) = check(&world) {
+                return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_restart_gives_exactly_the_tree(ops in proptest::collection::vec(op(), 1..60), active_parents in 1u32..3) {
+        let mut world = World::new(2, active_parents);
+        for op in &ops {
+            apply(&mut world, *op);
+        }
+        let shape = |world: &World| {
+            let tree = world.forest.tree(&image_ref()).unwrap();
+            let vertices = tree.vertices.into_iter();
+            let vertices: Vec<_> = vertices
+                .map(|v| (v.host, v.portal, v.depth, v.state, v.parents, v.children))
+                .collect();
+            (tree.epoch, vertices)
+        };
+        let before = shape(&world);
+        world.restart();
+        prop_assert_eq!(&before, &shape(&world));
+        // Those who come back are told nothing new.
+        let pushed = |world: &World| world.agents.values().map(|a| a.pushed).sum::<usize>();
+        let told = pushed(&world);
+        let attached: Vec<String> = before.1.iter().filter_map(|v| v.0.as_ref().map(ToString::to_string)).collect();
+        for host in attached {
+            if world.agents[&host].placements.contains_key(&super::world::image_id()) {
+                world.connect(&host);
+            }
+        }
+        prop_assert_eq!(before.1, shape(&world).1);
+        prop_assert!(pushed(&world) - told <= ops.len());
+    }
+
+    #[test]
+    fn an_equal_event_changes_nothing(ops in proptest::collection::vec(op(), 1..40), again in 0..HOSTS) {
+        let mut world = World::new(2, 1);
+        for op in &ops {
+            apply(&mut world, *op);
+        }
+        apply(&mut world, Op::Join(again));
+        world.beat(&host(again));
+        let (epoch, record) = (world.forest.epoch(), world.record.clone());
+        let first = world.join(&host(again)).unwrap();
+        world.beat(&host(again));
+        let second = world.join(&host(again)).unwrap();
+        world.step(Event::Clock);
+        prop_assert_eq!(first, second);
+        prop_assert_eq!(epoch, world.forest.epoch());
+        prop_assert_eq!(record, world.record);
+    }
+}
