@@ -1,0 +1,642 @@
+//! What the host is to hold, as its own journal remembers it: the fold of [`Change`]s, and nothing else.
+//!
+//! It is enough to serve every base and every disk again after a restart, before anyone is asked. Deliberately
+//! absent: what is really there (that is `inspect`'s word, and it outranks this one).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use treeboot_types::{
+    Digest, Endpoint, Epoch, HostName, ImageId, Parent, PathPolicy, Placement, StripeIndex, StripePlacement,
+    VmName,
+};
+
+use crate::stack::{Access, Backing, Content, PathTo, Sources, StripePaths, Wanted, WantedBase, WantedDisk};
+
+/// How many caches of images that nothing here uses any more stay on the disk: a fleet that is stopped and started
+/// again boots warm, and the disk does not fill with every image that ever was. A cache group's budget replaces it.
+pub const KEPT_CACHES: usize = 4;
+
+/// A parent, and where it stands in its tree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacedParent {
+    /// Where to read.
+    pub path: PathTo,
+    /// It holds the whole image.
+    pub origin: bool,
+    /// Its depth; an origin has 0.
+    pub depth: u32,
+}
+
+/// A host's place in one stripe's tree.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PlacedStripe {
+    /// Parents that share the load.
+    pub active: Vec<PlacedParent>,
+    /// Where reads go when none of them answers, in this order.
+    pub fallbacks: Vec<PlacedParent>,
+    /// How the load is shared.
+    pub policy: PathPolicy,
+    /// The host's own depth.
+    pub depth: u32,
+}
+
+/// A host's place in an image's trees, as the coordinator last gave it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// When it was decided.
+    pub epoch: Epoch,
+    /// Stripe unit in bytes.
+    pub unit_bytes: u64,
+    /// One for each stripe.
+    pub stripes: Vec<PlacedStripe>,
+    /// Who may attach here.
+    pub children: BTreeSet<HostName>,
+}
+
+impl PlacedParent {
+    fn of(parent: &Parent) -> Self {
+        Self {
+            path: PathTo {
+                host: parent.host.clone(),
+                endpoint: Endpoint::clone(&parent.endpoint),
+            },
+            origin: parent.origin,
+            depth: parent.depth,
+        }
+    }
+
+    fn told(&self) -> Parent {
+        Parent {
+            host: self.path.host.clone(),
+            endpoint: Arc::new(self.path.endpoint.clone()),
+            origin: self.origin,
+            depth: self.depth,
+        }
+    }
+}
+
+impl Place {
+    /// What the coordinator says, as the journal keeps it.
+    pub fn of(placement: &Placement) -> Self {
+        let parents = |parents: &[Parent]| parents.iter().map(PlacedParent::of).collect();
+        Self {
+            epoch: placement.epoch,
+            unit_bytes: placement.image.stripe_unit_bytes,
+            stripes: placement
+                .stripes
+                .iter()
+                .map(|stripe| PlacedStripe {
+                    active: parents(&stripe.active),
+                    fallbacks: parents(&stripe.fallbacks),
+                    policy: stripe.policy,
+                    depth: stripe.depth,
+                })
+                .collect(),
+            children: placement
+                .children
+                .iter()
+                .map(|child| child.host.clone())
+                .collect(),
+        }
+    }
+
+    /// The stripes as they are told to the coordinator.
+    pub fn told(&self) -> Vec<StripePlacement> {
+        let parents = |parents: &[PlacedParent]| parents.iter().map(PlacedParent::told).collect();
+        (0u16..)
+            .zip(&self.stripes)
+            .map(|(index, stripe)| StripePlacement {
+                stripe: StripeIndex(index),
+                active: parents(&stripe.active),
+                fallbacks: parents(&stripe.fallbacks),
+                policy: stripe.policy,
+                depth: stripe.depth,
+            })
+            .collect()
+    }
+
+    /// The paths that follow from it.
+    pub fn sources(&self) -> Sources {
+        let paths = |parents: &[PlacedParent]| parents.iter().map(|p| p.path.clone()).collect();
+        Sources {
+            unit_bytes: self.unit_bytes,
+            stripes: self
+                .stripes
+                .iter()
+                .map(|stripe| StripePaths {
+                    active: paths(&stripe.active),
+                    fallbacks: paths(&stripe.fallbacks),
+                    policy: stripe.policy,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// An image that lies in this host's store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// Whole, or adopted.
+    pub backing: Backing,
+    /// Foreign targets that an adopted image's data comes from; none for a whole one.
+    pub sources: Sources,
+}
+
+/// One name of an image on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageState {
+    /// What it is.
+    pub content: Content,
+    /// It is to stay attached although no VM uses it.
+    pub pinned: bool,
+    /// The last place that the coordinator gave.
+    pub place: Option<Place>,
+    /// In the store here.
+    pub stored: Option<Stored>,
+}
+
+/// A VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// The image it was made of.
+    pub image: ImageId,
+    /// Base and size.
+    pub disk: WantedDisk,
+    /// It is being destroyed: its name is free once its delta is gone.
+    pub doomed: bool,
+    /// Random: who the VM is for as long as its disk lives.
+    pub instance: [u8; 16],
+}
+
+/// How a VM was last started or ended; the rest lies in its run directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "run")]
+pub enum VmState {
+    /// It is to run.
+    Running,
+    /// It ended as it was meant to.
+    Stopped,
+    /// It ended otherwise.
+    Failed {
+        /// For people.
+        why: String,
+    },
+}
+
+/// All that is to be here.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Desired {
+    /// Images, by name.
+    pub images: BTreeMap<ImageId, ImageState>,
+    /// Disks, by VM.
+    pub disks: BTreeMap<VmName, DiskState>,
+    /// VMs that were started here.
+    pub vms: BTreeMap<VmName, VmState>,
+    /// Caches that nothing uses and that stay, the latest last; at most [`KEPT_CACHES`].
+    pub kept_caches: Vec<Digest>,
+    /// Stores that are being deleted.
+    pub doomed_stores: BTreeSet<Digest>,
+    /// The coordinator's incarnation that knows all stored images; another one has to be told of them.
+    pub announced_to: Option<u64>,
+}
+
+/// One change of what is desired: what the journal holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "change")]
+pub enum Change {
+    /// An image has a place in its trees, or a new one.
+    Placed {
+        /// The image.
+        image: ImageId,
+        /// What it is.
+        content: Content,
+        /// Where the host stands.
+        place: Place,
+    },
+    /// An image is to stay, or need not, without a VM that uses it.
+    Pinned {
+        /// The image.
+        image: ImageId,
+        /// Whether it is to stay.
+        pinned: bool,
+    },
+    /// An image is attached no more; it stays in the store where it was there.
+    Detached {
+        /// The image.
+        image: ImageId,
+        /// Its cache is kept for the next time.
+        keep_cache: bool,
+    },
+    /// An image lies in the store.
+    Stored {
+        /// The image.
+        image: ImageId,
+        /// What it is.
+        content: Content,
+        /// In which form.
+        stored: Stored,
+    },
+    /// An image's store is to be deleted, unless another name holds it.
+    StoreDoomed {
+        /// The image.
+        image: ImageId,
+    },
+    /// It is deleted.
+    StoreGone {
+        /// The content.
+        digest: Digest,
+    },
+    /// A VM has a disk.
+    Disk {
+        /// The VM.
+        vm: VmName,
+        /// Its disk.
+        disk: DiskState,
+    },
+    /// A VM's disk is gone.
+    DiskGone {
+        /// The VM.
+        vm: VmName,
+    },
+    /// A VM was started, or stopped.
+    Vm {
+        /// The VM.
+        vm: VmName,
+        /// How.
+        state: VmState,
+    },
+    /// The coordinator of this incarnation was told of every stored image.
+    Announced {
+        /// The incarnation.
+        incarnation: u64,
+    },
+    /// A VM is known no more.
+    VmGone {
+        /// The VM.
+        vm: VmName,
+    },
+}
+
+impl Desired {
+    /// Takes one change in. A change that says nothing new changes nothing.
+    pub fn fold(&mut self, change: Change) {
+        match change {
+            Change::Placed {
+                image,
+                content,
+                place,
+            } => {
+                self.kept_caches.retain(|kept| *kept != content.digest);
+                let state = self
+                    .images
+                    .entry(image)
+                    .or_insert_with(|| ImageState::new(content));
+                state.content = content;
+                state.place = Some(place);
+            }
+            Change::Pinned { image, pinned } => {
+                if let Some(state) = self.images.get_mut(&image) {
+                    state.pinned = pinned;
+                }
+            }
+            Change::Detached { image, keep_cache } => self.detach(&image, keep_cache),
+            Change::Stored {
+                image,
+                content,
+                stored,
+            } => {
+                self.doomed_stores.remove(&content.digest);
+                let state = self
+                    .images
+                    .entry(image)
+                    .or_insert_with(|| ImageState::new(content));
+                state.content = content;
+                state.stored = Some(stored);
+            }
+            Change::StoreDoomed { image } => {
+                let Some(state) = self.images.get_mut(&image) else {
+                    return;
+                };
+                let digest = state.content.digest;
+                state.stored = None;
+                if state.place.is_none() {
+                    self.images.remove(&image);
+                }
+                let held = |s: &ImageState| s.content.digest == digest && s.stored.is_some();
+                if !self.images.values().any(held) {
+                    self.doomed_stores.insert(digest);
+                }
+            }
+            Change::StoreGone { digest } => {
+                self.doomed_stores.remove(&digest);
+            }
+            Change::Disk { vm, disk } => {
+                self.disks.insert(vm, disk);
+            }
+            Change::DiskGone { vm } => {
+                self.disks.remove(&vm);
+            }
+            Change::Vm { vm, state } => {
+                self.vms.insert(vm, state);
+            }
+            Change::Announced { incarnation } => self.announced_to = Some(incarnation),
+            Change::VmGone { vm } => {
+                self.vms.remove(&vm);
+            }
+        }
+    }
+
+    fn detach(&mut self, image: &ImageId, keep_cache: bool) {
+        let Some(state) = self.images.get_mut(image) else {
+            return;
+        };
+        let digest = state.content.digest;
+        state.place = None;
+        state.pinned = false;
+        if state.stored.is_none() {
+            self.images.remove(image);
+        }
+        let attached = self.images.values().any(|s| s.content.digest == digest);
+        self.kept_caches.retain(|kept| *kept != digest);
+        if keep_cache && !attached {
+            self.kept_caches.push(digest);
+            let excess = self.kept_caches.len().saturating_sub(KEPT_CACHES);
+            self.kept_caches.drain(..excess);
+        }
+    }
+
+    /// VMs whose disks stand on `image` and are not being destroyed.
+    pub fn disks_of(&self, image: &ImageId) -> impl Iterator<Item = &VmName> {
+        self.disks
+            .iter()
+            .filter(move |(_, disk)| disk.image == *image && !disk.doomed)
+            .map(|(vm, _)| vm)
+    }
+
+    /// The image's base is to be there: in the store, pinned, or under a disk.
+    fn holds(&self, image: &ImageId, state: &ImageState) -> bool {
+        state.stored.is_some()
+            || (state.place.is_some() && (state.pinned || self.disks_of(image).next().is_some()))
+    }
+
+    /// The base of one content, where any image of it is to be here.
+    pub fn wanted_base(&self, digest: Digest) -> Option<WantedBase> {
+        let held = self
+            .images
+            .iter()
+            .filter(|(id, state)| state.content.digest == digest && self.holds(id, state));
+        let mut base: Option<WantedBase> = None;
+        let mut attached = false;
+        for (id, state) in held {
+            let base = base.get_or_insert_with(|| WantedBase {
+                content: state.content,
+                backing: Backing::Cache,
+                sources: Sources::default(),
+                exports: BTreeMap::new(),
+            });
+            // A store serves anyone: whoever lost all its parents falls back to an origin, whose children the
+            // coordinator does not have to list.
+            let access = match (&state.stored, &state.place) {
+                (None, Some(place)) => Access::Hosts(place.children.clone()),
+                _ => Access::Anyone,
+            };
+            base.exports.insert(id.clone(), access);
+            match (&state.place, &state.stored) {
+                // A base that VMs stand on is not changed under them: the store is used from the next attachment on.
+                (Some(place), _) => {
+                    if base.backing.in_store() {
+                        base.backing = Backing::Cache;
+                        base.sources = Sources::default();
+                    }
+                    attached = true;
+                    merge(&mut base.sources, place.sources());
+                }
+                (None, Some(stored)) if !attached && base.backing != Backing::Store => {
+                    base.backing = stored.backing;
+                    base.sources = stored.sources.clone();
+                }
+                _ => {}
+            }
+        }
+        base
+    }
+
+    /// What is wanted of one content.
+    pub fn wanted_of(&self, digest: Digest) -> Wanted {
+        Wanted {
+            bases: self
+                .wanted_base(digest)
+                .map(|base| (digest, base))
+                .into_iter()
+                .collect(),
+            kept_caches: self.kept_caches.iter().copied().collect(),
+            doomed_stores: self.doomed_stores.clone(),
+            ..Wanted::default()
+        }
+    }
+
+    /// What is wanted of one VM's disk; its base is another's to keep.
+    pub fn wanted_disk(&self, vm: &VmName) -> Wanted {
+        let mut wanted = Wanted::default();
+        match self.disks.get(vm) {
+            Some(state) if state.doomed => {
+                wanted.doomed_disks.insert(vm.clone());
+            }
+            Some(state) => {
+                wanted.standing.insert(state.disk.digest);
+                wanted.disks.insert(vm.clone(), state.disk);
+            }
+            None => {}
+        }
+        wanted
+    }
+
+    /// All that follows from what is desired.
+    pub fn wanted(&self) -> Wanted {
+        let digests: BTreeSet<Digest> = self.images.values().map(|s| s.content.digest).collect();
+        let bases = digests
+            .into_iter()
+            .filter_map(|d| Some((d, self.wanted_base(d)?)));
+        let (doomed, live): (Vec<_>, Vec<_>) = self.disks.iter().partition(|(_, disk)| disk.doomed);
+        Wanted {
+            bases: bases.collect(),
+            standing: BTreeSet::new(),
+            disks: live
+                .into_iter()
+                .map(|(vm, state)| (vm.clone(), state.disk))
+                .collect(),
+            doomed_disks: doomed.into_iter().map(|(vm, _)| vm.clone()).collect(),
+            kept_caches: self.kept_caches.iter().copied().collect(),
+            doomed_stores: self.doomed_stores.clone(),
+        }
+    }
+}
+
+impl ImageState {
+    fn new(content: Content) -> Self {
+        Self {
+            content,
+            pinned: false,
+            place: None,
+            stored: None,
+        }
+    }
+}
+
+/// Two names of one content share a base: it reads from the parents of both.
+fn merge(into: &mut Sources, from: Sources) {
+    if into.stripes.is_empty() {
+        *into = from;
+        return;
+    }
+    if into.stripes.len() != from.stripes.len() || into.unit_bytes != from.unit_bytes {
+        return;
+    }
+    for (into, from) in into.stripes.iter_mut().zip(from.stripes) {
+        for path in from.active {
+            if !into.active.contains(&path) {
+                into.active.push(path);
+            }
+        }
+        for path in from.fallbacks {
+            if !into.fallbacks.contains(&path) && !into.active.contains(&path) {
+                into.fallbacks.push(path);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(n: u8) -> Content {
+        Content {
+            digest: Digest([n; 32]),
+            bytes: 1 << 20,
+            chunk_bytes: 1 << 16,
+        }
+    }
+
+    fn placed(image: &str, n: u8, portal: &str) -> Change {
+        let image: ImageId = image.parse().unwrap();
+        let parent = PlacedParent {
+            path: PathTo {
+                host: None,
+                endpoint: Endpoint {
+                    portal: portal.parse().unwrap(),
+                    target: treeboot_types::Iqn::of_image(&image),
+                    data_lun: 0,
+                    hash_lun: Some(1),
+                },
+            },
+            origin: true,
+            depth: 0,
+        };
+        Change::Placed {
+            image,
+            content: content(n),
+            place: Place {
+                epoch: Epoch::default(),
+                unit_bytes: 1 << 20,
+                stripes: vec![PlacedStripe {
+                    active: vec![parent],
+                    depth: 1,
+                    ..PlacedStripe::default()
+                }],
+                children: BTreeSet::new(),
+            },
+        }
+    }
+
+    fn folded(changes: impl IntoIterator<Item = Change>) -> Desired {
+        let mut desired = Desired::default();
+        changes.into_iter().for_each(|change| desired.fold(change));
+        desired
+    }
+
+    fn pinned(image: &str, pinned: bool) -> Change {
+        Change::Pinned {
+            image: image.parse().unwrap(),
+            pinned,
+        }
+    }
+
+    #[test]
+    fn a_base_is_wanted_while_it_is_pinned_or_a_disk_stands_on_it() {
+        let vm = VmName::new("web-1").unwrap();
+        let mut desired = folded([placed("a@1", 1, "h:1")]);
+        assert_eq!(desired.wanted().bases.len(), 0);
+        desired.fold(Change::Disk {
+            vm: vm.clone(),
+            disk: DiskState {
+                image: "a@1".parse().unwrap(),
+                disk: WantedDisk {
+                    digest: content(1).digest,
+                    bytes: 1 << 20,
+                },
+                doomed: false,
+                instance: [0; 16],
+            },
+        });
+        assert_eq!(desired.wanted().bases.len(), 1);
+        desired.disks.get_mut(&vm).unwrap().doomed = true;
+        assert_eq!(desired.wanted().bases.len(), 0);
+        assert!(desired.wanted().doomed_disks.contains(&vm));
+        desired.fold(pinned("a@1", true));
+        assert_eq!(desired.wanted().bases.len(), 1);
+    }
+
+    #[test]
+    fn two_names_of_one_content_share_a_base_and_each_has_its_export() {
+        let desired = folded([
+            placed("a@1", 1, "h:1"),
+            placed("b@1", 1, "h:2"),
+            pinned("a@1", true),
+            pinned("b@1", true),
+        ]);
+        let wanted = desired.wanted();
+        let base = &wanted.bases[&content(1).digest];
+        assert_eq!(base.exports.len(), 2);
+        assert_eq!(base.sources.stripes[0].active.len(), 2);
+    }
+
+    #[test]
+    fn the_latest_caches_are_kept_and_one_that_is_used_again_is_no_longer_idle() {
+        let mut desired = Desired::default();
+        for n in 0..6 {
+            let name = format!("i{n}@1");
+            desired.fold(placed(&name, n, "h:1"));
+            desired.fold(Change::Detached {
+                image: name.parse().unwrap(),
+                keep_cache: true,
+            });
+        }
+        assert_eq!(desired.kept_caches, [2, 3, 4, 5].map(|n| content(n).digest));
+        desired.fold(placed("i3@1", 3, "h:1"));
+        assert_eq!(desired.kept_caches, [2, 4, 5].map(|n| content(n).digest));
+    }
+
+    #[test]
+    fn a_store_that_another_name_holds_is_not_doomed() {
+        let stored = |image: &str| Change::Stored {
+            image: image.parse().unwrap(),
+            content: content(1),
+            stored: Stored {
+                backing: Backing::Store,
+                sources: Sources::default(),
+            },
+        };
+        let doom = |image: &str| Change::StoreDoomed {
+            image: image.parse().unwrap(),
+        };
+        let mut desired = folded([stored("a@1"), stored("b@1"), doom("a@1")]);
+        assert!(desired.doomed_stores.is_empty());
+        assert_eq!(desired.wanted().bases.len(), 1);
+        desired.fold(doom("b@1"));
+        assert_eq!(desired.doomed_stores.len(), 1);
+        assert_eq!(desired.wanted().bases.len(), 0);
+    }
+}

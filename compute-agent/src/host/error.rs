@@ -1,0 +1,174 @@
+//! What a person or a program is told when a verb fails.
+
+use treeboot_types::{ImageId, VmName};
+
+use crate::apply::ReachError;
+use crate::journal::JournalError;
+use crate::link::LinkError;
+use crate::plane::PlaneError;
+
+/// Why a verb failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// No such VM here.
+    #[error("there is no VM '{vm}' on host '{host}'; `treeboot vm list` shows which there are")]
+    UnknownVm {
+        /// The VM.
+        vm: VmName,
+        /// This host.
+        host: String,
+    },
+    /// The name is taken.
+    #[error(
+        "VM '{vm}' exists on host '{host}', made of {have}; destroy it first, or give the new one another name"
+    )]
+    VmExists {
+        /// The VM.
+        vm: VmName,
+        /// This host.
+        host: String,
+        /// What it was made of.
+        have: ImageId,
+    },
+    /// The image is there and is another one.
+    #[error(
+        "image {image} exists on host '{host}' with another content (digest {have}, not {given}); a version never \
+         changes: import this one as a new version, without '@{}'", image.version
+    )]
+    ImageExists {
+        /// The image.
+        image: ImageId,
+        /// This host.
+        host: String,
+        /// The beginning of its digest.
+        have: String,
+        /// That of what was to be imported.
+        given: String,
+    },
+    /// Not attached and not in the store.
+    #[error("image {image} is not attached to host '{host}'")]
+    NotAttached {
+        /// The image.
+        image: ImageId,
+        /// This host.
+        host: String,
+    },
+    /// VMs stand on it.
+    #[error("image {image} is in use on host '{host}' by VM {}; destroy the VMs first", some(.vms))]
+    ImageInUse {
+        /// The image.
+        image: ImageId,
+        /// This host.
+        host: String,
+        /// Who uses it.
+        vms: Vec<VmName>,
+    },
+    /// The coordinator says no, or does not answer.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The host's own part failed.
+    #[error("{what}")]
+    Reach {
+        /// What was to be reached.
+        what: String,
+        /// The reason.
+        #[source]
+        source: ReachError,
+    },
+    /// What was half done could not be taken back.
+    #[error(
+        "{cause}; taking back what was half done failed as well: {undo}. It is tried again at the next call"
+    )]
+    Undo {
+        /// Why it failed first.
+        cause: Box<HostError>,
+        /// Why taking it back failed.
+        undo: Box<HostError>,
+    },
+    /// Attached, and not readable within the caller's time.
+    #[error(
+        "image {image} is attached, but was not readable within {limit_ms} ms ({why}); the host goes on trying: see \
+         `treeboot tree {image}`"
+    )]
+    NotReadable {
+        /// The image.
+        image: ImageId,
+        /// The limit in milliseconds.
+        limit_ms: u64,
+        /// What was seen last.
+        why: String,
+    },
+    /// The journal refused.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The plane refused.
+    #[error(transparent)]
+    Plane(#[from] PlaneError),
+    /// No VM can run here.
+    #[error("host '{host}' cannot run VMs")]
+    NoHypervisor {
+        /// This host.
+        host: String,
+        /// The reason, with the way out.
+        #[source]
+        source: std::sync::Arc<treeboot_hypervisor::ProbeError>,
+    },
+    /// QEMU did not start.
+    #[error(transparent)]
+    Start(#[from] treeboot_hypervisor::StartError),
+    /// QEMU did not stop.
+    #[error(transparent)]
+    Stop(#[from] treeboot_hypervisor::StopError),
+    /// The VM runs.
+    #[error("VM '{vm}' runs; stop it first")]
+    VmRuns {
+        /// The VM.
+        vm: VmName,
+    },
+    /// The request cannot be right.
+    #[error("{0}")]
+    Invalid(String),
+    /// The import or the store.
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    /// A verb that comes later.
+    #[error("{verb} is not yet available in this version; {instead}")]
+    NotYet {
+        /// The verb.
+        verb: &'static str,
+        /// What can be done instead.
+        instead: &'static str,
+    },
+    /// The agent ends.
+    #[error("the agent of host '{host}' is stopping; try again when it is back")]
+    Stopping {
+        /// This host.
+        host: String,
+    },
+}
+
+fn some(vms: &[VmName]) -> String {
+    let names: Vec<_> = vms.iter().take(5).map(|vm| format!("'{vm}'")).collect();
+    let more = vms.len().saturating_sub(names.len());
+    if more > 0 {
+        format!("{} and {more} more", names.join(", "))
+    } else {
+        names.join(", ")
+    }
+}
+
+/// The whole chain of reasons in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let part = error.to_string();
+        // A transparent wrapper says what its source says.
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,543 @@
+//! The owner of one VM on this host: its disk, and the QEMU that runs on it.
+//!
+//! One task for each VM, from the first message until its disk is gone. QEMU is a process of its own that outlives the
+//! agent; after a restart the owner finds it again. Waiting for a guest (to be ready, to shut down) goes on beside the
+//! messages, so that a VM that hangs can be stopped at any time.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use treeboot_hypervisor::{Acceleration, AdoptError, DiskSource, Instance, RunningVm, StopMode, VmSpec};
+use treeboot_types::{ImageId, ImageRef, Iqn, VmName};
+
+use super::base::{BaseMsg, Hold, Reply};
+use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
+use super::{Host, HostError, Shared, chain, is_running, obstacle_of, reach_error};
+use crate::desired::{Change, DiskState, VmState};
+use crate::plane::Scope;
+use crate::stack::WantedDisk;
+
+/// Messages that may wait for one VM's owner.
+const INBOX: usize = 16;
+/// How long a guest may take to shut down before it is ended.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
+pub(super) enum VmMsg {
+    Create {
+        image: ImageRef,
+        reply: Reply<()>,
+    },
+    Destroy {
+        keep_base: bool,
+        reply: Reply<()>,
+    },
+    Start {
+        request: Box<StartRequest>,
+        reply: Reply<()>,
+    },
+    Stop {
+        force: bool,
+        reply: Reply<()>,
+    },
+}
+
+/// The way to an owner.
+pub(super) struct VmHandle {
+    pub(super) messages: mpsc::Sender<VmMsg>,
+    pub(super) report: watch::Receiver<VmReport>,
+}
+
+type Waiting<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// A run of QEMU, with what is being waited for.
+struct Run {
+    vm: Arc<RunningVm>,
+    /// Ends when the guest is ready, or will not be.
+    ready: Option<Waiting<Result<(), String>>>,
+    /// Ends with QEMU.
+    ended: Waiting<()>,
+    /// A shutdown under way, and who waits for it.
+    stopping: Option<Waiting<Result<(), HostError>>>,
+    waiting: Vec<Reply<()>>,
+}
+
+pub(super) struct VmOwner {
+    host: Host,
+    shared: Arc<Shared>,
+    vm: VmName,
+    report: watch::Sender<VmReport>,
+    run: Option<Run>,
+}
+
+/// What the owner's loop does next.
+enum Next {
+    Message(Option<VmMsg>),
+    Ready(Result<(), String>),
+    Ended,
+    Stopped(Result<(), HostError>),
+}
+
+impl VmOwner {
+    pub(super) fn start(host: &Host, vm: VmName) -> VmHandle {
+        let (messages, inbox) = mpsc::channel(INBOX);
+        let mut first = VmReport::absent(vm.clone());
+        let desired = host.desired();
+        first.image = desired.disks.get(&vm).map(|disk| disk.image.clone());
+        first.run = match desired.vms.get(&vm) {
+            None => VmRun::Absent,
+            Some(VmState::Running) => VmRun::Starting,
+            Some(VmState::Stopped) => VmRun::Stopped,
+            Some(VmState::Failed { why }) => VmRun::Failed(why.clone()),
+        };
+        let (report, watched) = watch::channel(first);
+        let owner = Self {
+            host: host.clone(),
+            shared: Arc::clone(&host.shared),
+            vm,
+            report,
+            run: None,
+        };
+        host.shared.tasks.spawn(owner.run(inbox));
+        VmHandle {
+            messages,
+            report: watched,
+        }
+    }
+
+    async fn run(mut self, mut inbox: mpsc::Receiver<VmMsg>) {
+        let stop = self.shared.stop.clone();
+        self.find_again().await;
+        loop {
+            let next = tokio::select! {
+                () = stop.cancelled() => return,
+                next = next(&mut inbox, self.run.as_mut()) => next,
+            };
+            match next {
+                Next::Message(None) => return,
+                Next::Message(Some(message)) => {
+                    if self.take(message).await {
+                        // The disk is gone, and nobody new waits: the name is free.
+                        inbox.close();
+                    }
+                }
+                Next::Ready(result) => self.ready(result).await,
+                Next::Ended => self.ended().await,
+                Next::Stopped(result) => self.stopped(result).await,
+            }
+        }
+    }
+
+    /// After the agent's restart: QEMU runs on, or has ended meanwhile.
+    async fn find_again(&mut self) {
+        if !is_running(self.shared.journal().desired().vms.get(&self.vm)) {
+            return;
+        }
+        match RunningVm::adopt(&self.run_dir()) {
+            Ok(running) => {
+                tracing::info!(vm = %self.vm, pid = running.pid(), "found again");
+                self.watch(running, READY_LIMIT, tokio::time::Instant::now());
+            }
+            Err(AdoptError::Nothing { .. } | AdoptError::NotRunning { .. }) => {
+                self.note(VmState::Failed {
+                    why: "QEMU ended while the agent was away; start the VM again".into(),
+                })
+                .await;
+            }
+            Err(error) => {
+                let why = chain(&error);
+                self.note(VmState::Failed { why }).await;
+            }
+        }
+    }
+
+    /// Whether the VM's name is free after the message.
+    async fn take(&mut self, message: VmMsg) -> bool {
+        match message {
+            VmMsg::Create { image, reply } => {
+                let result = self.create(&image).await;
+                let failed = result.is_err();
+                let _ = reply.send(result);
+                failed && !self.shared.journal().desired().disks.contains_key(&self.vm)
+            }
+            VmMsg::Destroy { keep_base, reply } => {
+                let result = self.destroy(keep_base).await;
+                let gone = result.is_ok();
+                let _ = reply.send(result);
+                gone
+            }
+            VmMsg::Start { request, reply } => {
+                let _ = reply.send(self.start_run(*request).await);
+                false
+            }
+            VmMsg::Stop { force, reply } => {
+                self.stop(force, reply).await;
+                false
+            }
+        }
+    }
+
+    async fn create(&mut self, image: &ImageRef) -> Result<(), HostError> {
+        let desired = self.shared.journal().desired();
+        if let Some(there) = desired.disks.get(&self.vm) {
+            if there.doomed {
+                self.delete_disk(false).await?;
+            } else {
+                let same = there.image.name == image.name
+                    && image.version.is_none_or(|version| version == there.image.version);
+                if !same {
+                    return Err(HostError::VmExists {
+                        vm: self.vm.clone(),
+                        host: self.shared.host().to_string(),
+                        have: there.image.clone(),
+                    });
+                }
+                return self.reach_disk().await;
+            }
+        }
+        let (image, content) = self.host.resolve(image).await?;
+        let disk = DiskState {
+            image: image.clone(),
+            disk: WantedDisk {
+                digest: content.digest,
+                bytes: content.bytes,
+            },
+            doomed: false,
+            instance: rand::random(),
+        };
+        let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
+            image: image.clone(),
+            content,
+            hold: Hold::Disk(self.vm.clone(), disk),
+            reply,
+        });
+        attach.await?;
+        match self.reach_disk().await {
+            Ok(()) => {
+                self.report.send_modify(|report| report.image = Some(image));
+                Ok(())
+            }
+            Err(cause) => Err(match self.undo_create(&cause).await {
+                Ok(()) => cause,
+                Err(undo) => HostError::Undo {
+                    cause: Box::new(cause),
+                    undo: Box::new(undo),
+                },
+            }),
+        }
+    }
+
+    /// A delta that was there before is not this call's to delete.
+    async fn undo_create(&mut self, cause: &HostError) -> Result<(), HostError> {
+        if matches!(cause, HostError::Reach { source, .. } if obstacle_of(source).is_some()) {
+            let desired = self.shared.journal().desired();
+            let image = desired.disks.get(&self.vm).map(|disk| disk.image.clone());
+            let vm = self.vm.clone();
+            self.shared.journal().commit([Change::DiskGone { vm }]).await?;
+            if let Some(image) = image {
+                self.release(image, false).await;
+            }
+            return Ok(());
+        }
+        self.delete_disk(false).await
+    }
+
+    async fn reach_disk(&mut self) -> Result<(), HostError> {
+        let wanted = self.shared.journal().desired().wanted_disk(&self.vm);
+        let reached = self
+            .shared
+            .applier
+            .reach(&Scope::Disk(self.vm.clone()), &wanted)
+            .await;
+        reached.map_err(|source| reach_error("the disk", format_args!("VM '{}'", self.vm), source))
+    }
+
+    async fn destroy(&mut self, keep_base: bool) -> Result<(), HostError> {
+        if let Some(run) = self.run.take() {
+            run.vm.stop(StopMode::Quit).await?;
+            for reply in run.waiting {
+                let _ = reply.send(Ok(()));
+            }
+        }
+        self.delete_disk(keep_base).await?;
+        let dir = self.run_dir();
+        match std::fs::remove_dir_all(&dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(
+                    crate::plane::PlaneError::io(format!("removing {}", dir.display()), error).into(),
+                );
+            }
+        }
+        let vm = self.vm.clone();
+        self.shared.journal().commit([Change::VmGone { vm }]).await?;
+        self.report.send_replace(VmReport::absent(self.vm.clone()));
+        self.shared.board.changed.notify_one();
+        tracing::info!(vm = %self.vm, "destroyed");
+        Ok(())
+    }
+
+    async fn delete_disk(&mut self, keep_base: bool) -> Result<(), HostError> {
+        let desired = self.shared.journal().desired();
+        let Some(there) = desired.disks.get(&self.vm) else {
+            return Ok(());
+        };
+        let (vm, image) = (self.vm.clone(), there.image.clone());
+        if !there.doomed {
+            let disk = DiskState {
+                doomed: true,
+                ..there.clone()
+            };
+            let vm = vm.clone();
+            self.shared.journal().commit([Change::Disk { vm, disk }]).await?;
+        }
+        self.reach_disk().await?;
+        self.shared.journal().commit([Change::DiskGone { vm }]).await?;
+        self.release(image, keep_base).await;
+        Ok(())
+    }
+
+    async fn release(&mut self, image: ImageId, keep: bool) {
+        if let Some(content) = self.host.content(&image) {
+            let released = BaseMsg::Released { image, keep };
+            // Where the agent ends now, the next start gives the base up.
+            let _ = self.host.base(content.digest).send(released).await;
+        }
+    }
+
+    fn run_dir(&self) -> std::path::PathBuf {
+        self.shared.settings.state_dir.join("vms").join(self.vm.as_str())
+    }
+
+    async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {
+        let asked = tokio::time::Instant::now();
+        if self.run.as_ref().is_some_and(|run| !run.vm.ended()) {
+            // It runs, as was asked.
+            return Ok(());
+        }
+        let hypervisor = self.shared.hypervisor().await?;
+        match (
+            &request.image,
+            self.shared.journal().desired().disks.get(&self.vm),
+        ) {
+            (Some(image), _) => self.create(image).await?,
+            (None, Some(disk)) if !disk.doomed => self.reach_disk().await?,
+            (None, _) => {
+                return Err(HostError::Invalid(format!(
+                    "VM '{}' has no disk yet; name the image to make it of",
+                    self.vm
+                )));
+            }
+        }
+        let desired = self.shared.journal().desired();
+        let disk = desired
+            .disks
+            .get(&self.vm)
+            .ok_or_else(|| self.shared.stopping())?;
+        let spec = VmSpec {
+            name: self.vm.clone(),
+            instance: Instance(disk.instance),
+            disk: DiskSource::Iscsi {
+                url: self.shared.disk_url(&self.vm)?,
+                initiator: Iqn::of_vm(&self.vm),
+            },
+            memory_mib: request.memory_mib,
+            cpus: request.cpus,
+            seed: Some(request.seed),
+            ready: request.ready,
+            network: true,
+            run_dir: self.run_dir(),
+        };
+        let acceleration = match hypervisor.acceleration {
+            Acceleration::Kvm => "kvm",
+            Acceleration::Tcg => "tcg",
+        };
+        let image = disk.image.clone();
+        // Desired before it runs: a QEMU that nobody remembers would go on for ever.
+        self.note(VmState::Running).await;
+        self.report.send_modify(|report| {
+            report.image = Some(image);
+            report.acceleration = acceleration;
+            report.run = VmRun::Starting;
+            report.ready_us = 0;
+        });
+        match treeboot_hypervisor::start(&hypervisor, spec).await {
+            Ok(running) => {
+                tracing::info!(vm = %self.vm, pid = running.pid(), "started");
+                self.watch(running, request.ready_limit, asked);
+                Ok(())
+            }
+            Err(error) => {
+                let why = chain(&error);
+                self.note(VmState::Failed { why }).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Looks after a QEMU that runs.
+    fn watch(&mut self, running: RunningVm, limit: Duration, asked: tokio::time::Instant) {
+        let vm = Arc::new(running);
+        let (reading, guarding, report) = (Arc::clone(&vm), Arc::clone(&vm), self.report.clone());
+        let ready = async move {
+            let ready = reading.wait_ready(limit).await.map_err(|error| chain(&error))?;
+            tracing::debug!(seen = %ready, "ready");
+            report.send_modify(|report| report.ready_us = asked.elapsed().as_micros() as u64);
+            Ok(())
+        };
+        self.report.send_modify(|report| {
+            report.run = VmRun::Starting;
+            report.running = Some(Arc::clone(&vm));
+        });
+        self.run = Some(Run {
+            vm,
+            ready: Some(Box::pin(ready)),
+            ended: Box::pin(async move { guarding.supervise().await }),
+            stopping: None,
+            waiting: Vec::new(),
+        });
+        self.shared.board.changed.notify_one();
+    }
+
+    async fn ready(&mut self, result: Result<(), String>) {
+        if let Some(run) = &mut self.run {
+            run.ready = None;
+        }
+        match result {
+            Ok(()) => {
+                tracing::info!(vm = %self.vm, "ready");
+                self.report.send_modify(|report| report.run = VmRun::Ready);
+            }
+            Err(why) => {
+                tracing::warn!(vm = %self.vm, reason = %why, "not ready");
+                self.report.send_modify(|report| report.run = VmRun::Failed(why));
+            }
+        }
+    }
+
+    /// QEMU ended by itself: the guest shut down, or QEMU was killed.
+    async fn ended(&mut self) {
+        let Some(run) = self.run.take() else {
+            return;
+        };
+        let starting = run.ready.is_some();
+        for reply in run.waiting {
+            let _ = reply.send(Ok(()));
+        }
+        let said = match &self.report.borrow().run {
+            VmRun::Failed(why) if run.stopping.is_none() => Some(why.clone()),
+            _ => None,
+        };
+        let state = if let Some(why) = said {
+            VmState::Failed { why }
+        } else if starting && run.stopping.is_none() {
+            let why = match run.ready {
+                // It says what QEMU's last words were.
+                Some(ready) => ready.await.err(),
+                None => None,
+            };
+            VmState::Failed {
+                why: why.unwrap_or_else(|| "QEMU ended before the guest was ready".into()),
+            }
+        } else {
+            VmState::Stopped
+        };
+        self.note(state).await;
+    }
+
+    async fn stop(&mut self, force: bool, reply: Reply<()>) {
+        let Some(run) = &mut self.run else {
+            let _ = reply.send(Ok(()));
+            return;
+        };
+        run.waiting.push(reply);
+        if run.stopping.is_some() && !force {
+            return;
+        }
+        let (vm, report) = (Arc::clone(&run.vm), self.report.clone());
+        let mode = if force {
+            StopMode::Quit
+        } else {
+            StopMode::Graceful {
+                limit: SHUTDOWN_LIMIT,
+            }
+        };
+        run.stopping = Some(Box::pin(async move {
+            // The counters go with QEMU.
+            if let Ok(Ok(stats)) = tokio::time::timeout(STATS_LIMIT, vm.block_stats()).await {
+                report.send_modify(|report| report.stats = stats);
+            }
+            vm.stop(mode).await.map(|_| ()).map_err(HostError::from)
+        }));
+    }
+
+    async fn stopped(&mut self, result: Result<(), HostError>) {
+        let Some(mut run) = self.run.take() else {
+            return;
+        };
+        let waiting = std::mem::take(&mut run.waiting);
+        match result {
+            Ok(()) => {
+                self.note(VmState::Stopped).await;
+                for reply in waiting {
+                    let _ = reply.send(Ok(()));
+                }
+            }
+            Err(error) => {
+                run.stopping = None;
+                let text = chain(&error);
+                self.run = Some(run);
+                for reply in waiting {
+                    let _ = reply.send(Err(HostError::Invalid(text.clone())));
+                }
+            }
+        }
+    }
+
+    /// Writes down how the run stands, and shows it.
+    async fn note(&mut self, state: VmState) {
+        let run = match &state {
+            VmState::Running => VmRun::Starting,
+            VmState::Stopped => VmRun::Stopped,
+            VmState::Failed { why } => VmRun::Failed(why.clone()),
+        };
+        tracing::info!(vm = %self.vm, ?state, "run");
+        let vm = self.vm.clone();
+        if let Err(error) = self.shared.journal().commit([Change::Vm { vm, state }]).await {
+            tracing::error!(vm = %self.vm, error = %chain(&error), "the VM's run is not written down");
+        }
+        self.report.send_modify(|report| {
+            if run != VmRun::Starting {
+                report.running = None;
+            }
+            report.run = run;
+        });
+        self.shared.board.changed.notify_one();
+    }
+}
+
+async fn next(inbox: &mut mpsc::Receiver<VmMsg>, run: Option<&mut Run>) -> Next {
+    let Some(run) = run else {
+        return Next::Message(inbox.recv().await);
+    };
+    let ready = async {
+        match &mut run.ready {
+            Some(ready) => ready.await,
+            None => std::future::pending().await,
+        }
+    };
+    let stopping = async {
+        match &mut run.stopping {
+            Some(stopping) => stopping.await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        result = stopping => Next::Stopped(result),
+        result = ready => Next::Ready(result),
+        () = &mut run.ended => Next::Ended,
+        message = inbox.recv() => Next::Message(message),
+    }
+}

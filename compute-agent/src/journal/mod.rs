@@ -1,0 +1,410 @@
+//! What the agent means to do, what it did, and what is to be here: one append-only file.
+//!
+//! [`Journal::commit`] changes what is desired and ends when that is durable. [`Journal::note`] records a step's
+//! intent or outcome: it survives the agent's death at once, a power cut only with the next commit, because after
+//! a power cut nothing but files is left and `inspect` outranks the notes anyway. One thread owns the file, so
+//! that many commits at once share one `fdatasync`. `docs/decisions/0030` says why this is not sled.
+
+mod frame;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::desired::{Change, Desired};
+use crate::stack::Step;
+
+/// Entries that may wait for the file's thread; beyond it, who writes waits.
+const QUEUE: usize = 256;
+
+/// The file is written anew once it has grown by this much: reading it at start stays a matter of milliseconds.
+const COMPACT_AFTER_BYTES: u64 = 4 << 20;
+
+const FILE: &str = "journal";
+const NEW_FILE: &str = "journal.new";
+const DAMAGED_FILE: &str = "journal.damaged";
+
+/// Version of the records. A journal of a later one is refused rather than misread.
+const FORMAT: u32 = 1;
+
+/// Why the journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The operating system refused.
+    #[error("the journal {path} cannot be {doing}; check the disk's room and rights")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        doing: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It was written by a later version.
+    #[error("the journal {path} has format {found}, and this agent reads {FORMAT}; use the newer agent")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// A record is too long or cannot be encoded.
+    #[error("a journal record cannot be encoded")]
+    Encode(#[source] serde_json::Error),
+    /// The thread that owns the file is gone.
+    #[error("the journal is closed")]
+    Closed,
+}
+
+/// How a step ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// As meant.
+    Done,
+    /// Not; the reason is for people.
+    Failed(String),
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Record {
+    Format(u32),
+    Snapshot(Box<Desired>),
+    Change(Change),
+    Intent { id: u64, step: Step },
+    Outcome { id: u64, outcome: Outcome },
+}
+
+/// What the journal held when it was opened.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// Steps that were begun and whose end is not known.
+    pub unfinished: Vec<Step>,
+    /// Why the file's end was dropped, where it was.
+    pub damage: Option<String>,
+}
+
+/// A step that was announced and is not yet settled.
+#[derive(Debug)]
+#[must_use]
+pub struct IntentId(u64);
+
+struct Entry {
+    records: Vec<Record>,
+    durable: bool,
+    done: oneshot::Sender<Result<(), JournalError>>,
+}
+
+/// The open journal. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    entries: mpsc::Sender<Entry>,
+    desired: watch::Receiver<Arc<Desired>>,
+    next_intent: Arc<std::sync::atomic::AtomicU64>,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Entry")
+            .field("records", &self.records)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Journal {
+    /// Opens the journal in `dir`, an empty one where there is none. The file is written anew first, so that what
+    /// was replayed is one record again.
+    ///
+    /// # Errors
+    /// [`JournalError`]; a damaged end is no error but reported in [`Recovered`], and kept beside the journal.
+    pub fn open(dir: &Path) -> Result<(Self, Recovered), JournalError> {
+        let path = dir.join(FILE);
+        let (desired, recovered) = replay(&path)?;
+        let file = rewrite(dir, &desired)?;
+        let (entries, inbox) = mpsc::channel(QUEUE);
+        let (published, watched) = watch::channel(Arc::new(desired));
+        let writer = Writer {
+            dir: dir.to_owned(),
+            path,
+            file,
+            published,
+        };
+        std::thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || writer.run(inbox))
+            .map_err(|source| JournalError::Io {
+                path: dir.join(FILE),
+                doing: "given a thread",
+                source,
+            })?;
+        let journal = Self {
+            entries,
+            desired: watched,
+            next_intent: Arc::default(),
+        };
+        Ok((journal, recovered))
+    }
+
+    /// What is desired now.
+    pub fn desired(&self) -> Arc<Desired> {
+        self.desired.borrow().clone()
+    }
+
+    /// Changes what is desired; durable once this ends.
+    ///
+    /// # Errors
+    /// [`JournalError`]; nothing changed then.
+    pub async fn commit(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), JournalError> {
+        self.write(changes.into_iter().map(Record::Change).collect(), true)
+            .await
+    }
+
+    /// Changes what is desired by what somebody else will say again (the coordinator, of a place): it survives the
+    /// agent's death, and a power cut may take it.
+    ///
+    /// # Errors
+    /// [`JournalError`]; nothing changed then.
+    pub async fn learn(&self, change: Change) -> Result<(), JournalError> {
+        self.write(vec![Record::Change(change)], false).await
+    }
+
+    /// Announces a step.
+    ///
+    /// # Errors
+    /// [`JournalError`]; the step must not be begun then.
+    pub async fn intend(&self, step: &Step) -> Result<IntentId, JournalError> {
+        let id = self
+            .next_intent
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let step = step.clone();
+        self.write(vec![Record::Intent { id, step }], false).await?;
+        Ok(IntentId(id))
+    }
+
+    /// Records how an announced step ended.
+    ///
+    /// # Errors
+    /// [`JournalError`]; after a restart the step counts as half done then.
+    pub async fn settle(&self, intent: IntentId, outcome: Outcome) -> Result<(), JournalError> {
+        let id = intent.0;
+        self.write(vec![Record::Outcome { id, outcome }], false).await
+    }
+
+    async fn write(&self, records: Vec<Record>, durable: bool) -> Result<(), JournalError> {
+        let (done, ended) = oneshot::channel();
+        let entry = Entry {
+            records,
+            durable,
+            done,
+        };
+        self.entries.send(entry).await.map_err(|_| JournalError::Closed)?;
+        ended.await.map_err(|_| JournalError::Closed)?
+    }
+}
+
+struct Writer {
+    dir: PathBuf,
+    path: PathBuf,
+    file: JournalFile,
+    published: watch::Sender<Arc<Desired>>,
+}
+
+struct JournalFile {
+    file: File,
+    /// Bytes of whole records.
+    bytes: u64,
+    compacted_bytes: u64,
+}
+
+impl Writer {
+    fn run(mut self, mut inbox: mpsc::Receiver<Entry>) {
+        while let Some(first) = inbox.blocking_recv() {
+            let mut batch = vec![first];
+            while batch.len() < QUEUE {
+                match inbox.try_recv() {
+                    Ok(entry) => batch.push(entry),
+                    Err(_) => break,
+                }
+            }
+            self.write(batch);
+            if self.file.bytes > self.file.compacted_bytes + COMPACT_AFTER_BYTES {
+                let desired = self.published.borrow().clone();
+                match rewrite(&self.dir, &desired) {
+                    Ok(file) => self.file = file,
+                    // The old file is still whole and open: go on with it.
+                    Err(error) => {
+                        tracing::warn!(%error, "the journal cannot be compacted");
+                        self.file.compacted_bytes = self.file.bytes;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes a batch in one go. On failure the file is cut back, so that a record is there wholly or not at all.
+    fn write(&mut self, batch: Vec<Entry>) {
+        let mut bytes = Vec::new();
+        let mut accepted = Vec::with_capacity(batch.len());
+        for entry in batch {
+            let before = bytes.len();
+            let encoded = entry
+                .records
+                .iter()
+                .try_for_each(|record| frame::encode(record, &mut bytes));
+            match encoded {
+                Ok(()) => accepted.push(entry),
+                Err(error) => {
+                    bytes.truncate(before);
+                    let _ = entry.done.send(Err(JournalError::Encode(error)));
+                }
+            }
+        }
+        let durable = accepted.iter().any(|entry| entry.durable);
+        let written = self.file.append(&bytes, durable);
+        if let Err(source) = &written {
+            tracing::error!(error = %source, path = %self.path.display(), "the journal cannot be written");
+        }
+        for entry in accepted {
+            let answer = match &written {
+                Ok(()) => {
+                    self.fold(entry.records);
+                    Ok(())
+                }
+                Err(source) => Err(JournalError::Io {
+                    path: self.path.clone(),
+                    doing: "written",
+                    source: io::Error::new(source.kind(), source.to_string()),
+                }),
+            };
+            // Whoever asked may have gone; the record stands.
+            let _ = entry.done.send(answer);
+        }
+    }
+}
+
+impl Writer {
+    fn fold(&self, records: Vec<Record>) {
+        self.published.send_if_modified(|desired| {
+            let mut changed = false;
+            for record in records {
+                if let Record::Change(change) = record {
+                    Arc::make_mut(desired).fold(change);
+                    changed = true;
+                }
+            }
+            changed
+        });
+    }
+}
+
+impl JournalFile {
+    fn append(&mut self, bytes: &[u8], durable: bool) -> io::Result<()> {
+        let result = self
+            .file
+            .write_all(bytes)
+            .and_then(|()| if durable { self.file.sync_data() } else { Ok(()) });
+        match result {
+            Ok(()) => {
+                self.bytes += bytes.len() as u64;
+                Ok(())
+            }
+            Err(error) => {
+                self.file.set_len(self.bytes)?;
+                self.file.seek(SeekFrom::Start(self.bytes))?;
+                Err(error)
+            }
+        }
+    }
+}
+
+fn io_error(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> JournalError {
+    let path = path.to_owned();
+    move |source| JournalError::Io { path, doing, source }
+}
+
+fn replay(path: &Path) -> Result<(Desired, Recovered), JournalError> {
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok((Desired::default(), Recovered::default()));
+        }
+        Err(error) => return Err(io_error(path, "opened")(error)),
+    };
+    let decoded: frame::Decoded<Record> = frame::decode(&mut file).map_err(io_error(path, "read"))?;
+    let mut desired = Desired::default();
+    let mut pending = std::collections::BTreeMap::new();
+    for record in decoded.records {
+        match record {
+            Record::Format(FORMAT) => {}
+            Record::Format(found) => {
+                return Err(JournalError::Format {
+                    path: path.to_owned(),
+                    found,
+                });
+            }
+            Record::Snapshot(snapshot) => desired = *snapshot,
+            Record::Change(change) => desired.fold(change),
+            Record::Intent { id, step } => {
+                pending.insert(id, step);
+            }
+            Record::Outcome { id, .. } => {
+                pending.remove(&id);
+            }
+        }
+    }
+    if decoded.damage.is_some() {
+        let aside = path.with_file_name(DAMAGED_FILE);
+        std::fs::copy(path, &aside).map_err(io_error(&aside, "written"))?;
+    }
+    let damage = decoded.damage.map(|why| {
+        format!(
+            "{why} behind byte {}; the file as it was is kept as {DAMAGED_FILE}",
+            decoded.good_bytes
+        )
+    });
+    let recovered = Recovered {
+        unfinished: pending.into_values().collect(),
+        damage,
+    };
+    Ok((desired, recovered))
+}
+
+/// Writes a fresh file that says the same, and puts it in the old one's place.
+fn rewrite(dir: &Path, desired: &Desired) -> Result<JournalFile, JournalError> {
+    let new = dir.join(NEW_FILE);
+    let path = dir.join(FILE);
+    let mut bytes = Vec::new();
+    for record in [
+        Record::Format(FORMAT),
+        Record::Snapshot(Box::new(desired.clone())),
+    ] {
+        frame::encode(&record, &mut bytes).map_err(JournalError::Encode)?;
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&new)
+        .map_err(io_error(&new, "made"))?;
+    file.write_all(&bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(io_error(&new, "written"))?;
+    std::fs::rename(&new, &path).map_err(io_error(&path, "replaced"))?;
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(io_error(dir, "synced"))?;
+    Ok(JournalFile {
+        file,
+        bytes: bytes.len() as u64,
+        compacted_bytes: bytes.len() as u64,
+    })
+}
+
+#[cfg(test)]
+mod tests;

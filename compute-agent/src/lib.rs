@@ -1,0 +1,19 @@
+//! The daemon on every host: attaches images, caches them, gives VMs their disks and re-exports.
+//!
+//! `stack` plans (pure), `journal` remembers, `plane` carries out, `host` owns (one task a content, one a VM), `link` is the
+//! way to the coordinator, `store` holds an origin's images, `rpc` is the `Agent` service.
+
+#![forbid(unsafe_code)]
+
+pub mod apply;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
+pub mod daemon;
+pub mod desired;
+pub mod host;
+pub mod journal;
+pub mod link;
+pub mod plane;
+pub mod rpc;
+pub mod stack;
+pub mod store;

@@ -1,0 +1,106 @@
+//! A plane that fails at a chosen step, as an error or as a crash: the tool behind "fail at k".
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use treeboot_types::{Digest, VmName};
+
+use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
+use crate::stack::{Found, Step};
+
+/// How the chosen step goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultMode {
+    /// It is refused and not done; what comes later works.
+    Error,
+    /// The process dies before it.
+    CrashBefore,
+    /// It is done, and the process dies before anyone learns so.
+    CrashAfter,
+}
+
+/// Passes everything on until the chosen step.
+pub struct FaultyPlane {
+    inner: Arc<dyn Plane>,
+    applied: AtomicUsize,
+    at: usize,
+    mode: FaultMode,
+}
+
+impl FaultyPlane {
+    /// Fails at step `at`, counted from 0 and from now.
+    pub fn new(inner: Arc<dyn Plane>, at: usize, mode: FaultMode) -> Self {
+        Self {
+            inner,
+            applied: AtomicUsize::new(0),
+            at,
+            mode,
+        }
+    }
+
+    /// Whether the chosen step was reached.
+    pub fn struck(&self) -> bool {
+        self.applied.load(Ordering::Relaxed) > self.at
+    }
+}
+
+impl Plane for FaultyPlane {
+    fn kind(&self) -> PlaneKind {
+        self.inner.kind()
+    }
+
+    fn abilities(&self) -> Abilities {
+        self.inner.abilities()
+    }
+
+    fn inspect<'a>(&'a self, scope: &'a Scope) -> PlaneFuture<'a, Found> {
+        self.inner.inspect(scope)
+    }
+
+    fn apply<'a>(&'a self, step: &'a Step) -> PlaneFuture<'a, ()> {
+        let number = self.applied.fetch_add(1, Ordering::Relaxed);
+        let fault = PlaneError::Injected { at: self.at };
+        let dead = number > self.at && self.mode != FaultMode::Error;
+        Box::pin(async move {
+            if dead {
+                return Err(fault);
+            }
+            if number != self.at {
+                return self.inner.apply(step).await;
+            }
+            if self.mode == FaultMode::CrashAfter {
+                self.inner.apply(step).await?;
+            }
+            Err(fault)
+        })
+    }
+
+    fn readable(&self, digest: Digest) -> PlaneFuture<'_, ()> {
+        self.inner.readable(digest)
+    }
+
+    fn base_stats(&self, digest: &Digest) -> Option<BaseStats> {
+        self.inner.base_stats(digest)
+    }
+
+    fn disk_stats(&self, vm: &VmName) -> Option<DiskStats> {
+        self.inner.disk_stats(vm)
+    }
+
+    fn access_map(&self, digest: &Digest) -> Vec<(u32, u32)> {
+        self.inner.access_map(digest)
+    }
+
+    fn take_faults(&self) -> Vec<ParentFault> {
+        self.inner.take_faults()
+    }
+
+    fn portal(&self) -> String {
+        self.inner.portal()
+    }
+
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        self.inner.close()
+    }
+}

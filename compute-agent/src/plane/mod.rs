@@ -1,0 +1,272 @@
+//! How blocks move on a host: the one narrow trait behind which each plane stands.
+//!
+//! A plane carries out [`Step`]s and says what it finds; it chooses nothing and remembers nothing that is not on the
+//! host itself. Deliberately absent: the coordinator, VMs, and any order between steps (that is the planner's).
+
+pub mod faulty;
+pub mod model;
+pub mod user;
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::pin::Pin;
+
+use treeboot_types::{Digest, HostName, ImageId, VmName};
+
+use crate::stack::{Found, Step, Violation};
+
+/// What an operation of a plane returns: boxed, so that a plane can be a trait object.
+pub type PlaneFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, PlaneError>> + Send + 'a>>;
+
+/// Which kind of plane it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlaneKind {
+    /// Everything in this process.
+    User,
+    /// open-iscsi, device-mapper and LIO.
+    Kernel,
+    /// A model in memory, for tests.
+    Model,
+}
+
+/// A verb that not every plane can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verb {
+    /// A point in time of a disk, as a layer.
+    Snapshot,
+    /// A copy of a VM's disk here or on another host.
+    Clone,
+    /// A VM's disk moved to another host.
+    Migrate,
+}
+
+/// What a plane can do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Abilities {
+    /// How many stripes it can read apart; 1 where it cannot split.
+    pub max_stripes: u32,
+    /// Verbs beyond attach, create, destroy and list.
+    pub verbs: BTreeSet<Verb>,
+}
+
+/// Which part of the host to look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything.
+    All,
+    /// One content: its paths, base, exports, cache and store.
+    Base(Digest),
+    /// One VM: its delta and disk.
+    Disk(VmName),
+}
+
+/// Why a plane could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaneError {
+    /// No room on the disk.
+    #[error("no space left for {what}; free some, or give the agent another directory")]
+    NoSpace {
+        /// What was to be stored, and where.
+        what: String,
+    },
+    /// The step does not fit what is there.
+    #[error(transparent)]
+    Rule(#[from] Violation),
+    /// What lies on the disk is not what it should be.
+    #[error("{what} is damaged: {why}")]
+    Damaged {
+        /// The thing.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Not there.
+    #[error("{what} is not there")]
+    Missing {
+        /// The thing.
+        what: String,
+    },
+    /// A part under the plane refused.
+    #[error("{what} failed")]
+    Failed {
+        /// What was tried, with names.
+        what: String,
+        /// The reason.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It did not end in time.
+    #[error("{what} took longer than {limit_ms} ms")]
+    TooLong {
+        /// What was waited for.
+        what: String,
+        /// The limit in milliseconds.
+        limit_ms: u64,
+    },
+    /// A test asked for it.
+    #[error("injected fault at step {at}")]
+    Injected {
+        /// Which step, counted from 0.
+        at: usize,
+    },
+}
+
+impl PlaneError {
+    /// An operating system's error, told apart by whether room was lacking.
+    pub fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Self::NoSpace { what: what.into() }
+            }
+            _ => Self::Failed {
+                what: what.into(),
+                source: source.into(),
+            },
+        }
+    }
+}
+
+/// What a path does at the moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PathStats {
+    /// The stripe.
+    pub stripe: u32,
+    /// The host behind it; absent for a foreign target.
+    pub host: Option<HostName>,
+    /// `host:port`.
+    pub portal: String,
+    /// `false`: a fallback.
+    pub active: bool,
+    /// connecting, up, suspect, down, distrusted.
+    pub state: &'static str,
+    /// Commands in flight.
+    pub in_flight: u32,
+    /// Payload read.
+    pub bytes: u64,
+    /// Commands that failed or were given up.
+    pub failures: u64,
+    /// Smoothed service time in microseconds.
+    pub service_time_us: u64,
+}
+
+/// What a base did since the agent started; bytes or numbers of events.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BaseStats {
+    /// Sent by the exports' sockets, headers too.
+    pub shipped_wire_bytes: u64,
+    /// Payload from active parents.
+    pub parent_bytes: u64,
+    /// Payload from fallbacks.
+    pub fallback_bytes: u64,
+    /// Payload of the hash tree, from whomever.
+    pub hash_bytes: u64,
+    /// Asked for by VMs here.
+    pub guest_read_bytes: u64,
+    /// Distinct 4 KiB blocks of these, in bytes.
+    pub guest_unique_bytes: u64,
+    /// Asked for by children.
+    pub child_read_bytes: u64,
+    /// Chunk-sized parts of reads that were in the cache.
+    pub chunk_hits: u64,
+    /// Fetches begun.
+    pub chunk_misses: u64,
+    /// Reads that waited for another's fetch.
+    pub chunk_joined: u64,
+    /// Fetched, and not what the hash tree says.
+    pub bad_chunks: u64,
+    /// In the cache.
+    pub cached_bytes: u64,
+    /// Passed through because the cache had no room.
+    pub uncached_bytes: u64,
+    /// The longest that one read took, in microseconds.
+    pub longest_stall_us: u64,
+    /// The paths.
+    pub paths: Vec<PathStats>,
+}
+
+/// What a disk did since the agent started, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DiskStats {
+    /// Allocated for the VM's writes.
+    pub delta_bytes: u64,
+    /// Read by the VM.
+    pub read_bytes: u64,
+    /// Written by the VM.
+    pub written_bytes: u64,
+    /// Front ends logged in at the moment.
+    pub sessions: u32,
+}
+
+/// What a parent did wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// Bytes that the hash tree does not know.
+    WrongBytes,
+    /// No answer.
+    Unreachable,
+}
+
+/// A parent that did something wrong.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ParentFault {
+    /// The content that was read.
+    pub digest: Digest,
+    /// The stripe.
+    pub stripe: u32,
+    /// The host; absent for a foreign target.
+    pub host: Option<HostName>,
+    /// `host:port`.
+    pub portal: String,
+    /// What.
+    pub fault: Fault,
+    /// How often since it was last told.
+    pub count: u64,
+}
+
+/// How blocks move on a host.
+///
+/// Every operation may be called at any time and from many tasks; operations on different contents and VMs do not
+/// wait for each other. A step that is done already succeeds and changes nothing.
+pub trait Plane: Send + Sync + 'static {
+    /// Which it is.
+    fn kind(&self) -> PlaneKind;
+
+    /// What it can do.
+    fn abilities(&self) -> Abilities;
+
+    /// What is there, of ours; never what others made.
+    fn inspect<'a>(&'a self, scope: &'a Scope) -> PlaneFuture<'a, Found>;
+
+    /// Carries out one step. Either all of it is there afterwards, or what is left is reported by `inspect` (as a
+    /// layer or a leftover).
+    fn apply<'a>(&'a self, step: &'a Step) -> PlaneFuture<'a, ()>;
+
+    /// Ends when the base can be read through its paths: a first block came and was checked. Bounded in time.
+    fn readable(&self, digest: Digest) -> PlaneFuture<'_, ()>;
+
+    /// Counters of an open base, its exports together.
+    fn base_stats(&self, digest: &Digest) -> Option<BaseStats>;
+
+    /// Counters of a served disk.
+    fn disk_stats(&self, vm: &VmName) -> Option<DiskStats>;
+
+    /// Runs of 4 KiB blocks (first, count) that VMs here read of a base, in the order of their first reading.
+    fn access_map(&self, digest: &Digest) -> Vec<(u32, u32)>;
+
+    /// What parents did wrong since the last call.
+    fn take_faults(&self) -> Vec<ParentFault>;
+
+    /// `host:port` under which children and front ends reach the exports.
+    fn portal(&self) -> String;
+
+    /// Ends every session and export in good order; what is durable stays.
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+
+    /// The target under which an image is exported.
+    fn export_name(&self, image: &ImageId) -> treeboot_types::Iqn {
+        treeboot_types::Iqn::of_image(image)
+    }
+}
+
+#[cfg(test)]
+mod model_tests;

@@ -1,0 +1,185 @@
+//! Answers as messages, and the requests that have more in them than a name.
+
+use std::time::Duration;
+
+use tonic::Status;
+use treeboot_hypervisor::{Readiness, Seed};
+use treeboot_proto::v1;
+use treeboot_types::ImageRef;
+
+use super::invalid;
+use crate::host::{Host, Imported, MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
+use crate::plane::{BaseStats, PathStats};
+
+/// Longest text that a console is searched for.
+const MAX_CONSOLE_LINE_BYTES: usize = 1024;
+
+pub(super) fn imported(imported: &Imported) -> v1::ImportResponse {
+    v1::ImportResponse {
+        image: Some((&imported.image).into()),
+        directory: imported.directory.display().to_string(),
+        created: imported.created,
+    }
+}
+
+pub(super) fn status(host: &Host) -> v1::StatusResponse {
+    let desired = host.desired();
+    let mut cache_used_bytes = 0;
+    let mut bases = Vec::new();
+    for (image, state) in &desired.images {
+        let stats = host.plane().base_stats(&state.content.digest).unwrap_or_default();
+        if state.stored.is_none() {
+            cache_used_bytes += stats.cached_bytes;
+        }
+        let attachment = host.attachment(image).map_or_else(
+            // An origin has no place in the trees that it is the root of.
+            || v1::Attachment {
+                image: Some(image.into()),
+                digest: state.content.digest.0.to_vec(),
+                epoch: None,
+                endpoint: Some((&host.endpoint(image)).into()),
+                state: v1::AttachState::Ready.into(),
+                stripes: Vec::new(),
+            },
+            |attachment| (&attachment).into(),
+        );
+        bases.push(v1::BaseStatus {
+            attachment: Some(attachment),
+            pinned: state.pinned || state.stored.is_some(),
+            disks: u32::try_from(desired.disks_of(image).count()).unwrap_or(u32::MAX),
+            counters: Some(counters(&stats)),
+            paths: stats.paths.iter().map(path).collect(),
+        });
+    }
+    let mut store = Vec::new();
+    for (manifest, directory) in host.stored() {
+        for name in &manifest.names {
+            store.push(v1::StoredImage {
+                digest: manifest.digest.0.to_vec(),
+                image: Some(name.into()),
+                bytes: manifest.bytes,
+                allocated_bytes: manifest.allocated_bytes,
+                directory: directory.display().to_string(),
+            });
+        }
+    }
+    v1::StatusResponse {
+        host: Some((&host.info()).into()),
+        coordinator_connected: host.connected(),
+        bases,
+        store,
+        cache_used_bytes,
+        uptime_ms: host.uptime().as_millis() as u64,
+    }
+}
+
+fn counters(stats: &BaseStats) -> v1::BaseCounters {
+    v1::BaseCounters {
+        shipped_wire_bytes: stats.shipped_wire_bytes,
+        fetched_parent_bytes: stats.parent_bytes,
+        fetched_fallback_bytes: stats.fallback_bytes,
+        fetched_hash_bytes: stats.hash_bytes,
+        guest_read_bytes: stats.guest_read_bytes,
+        guest_unique_bytes: stats.guest_unique_bytes,
+        child_read_bytes: stats.child_read_bytes,
+        chunk_hits: stats.chunk_hits,
+        chunk_misses: stats.chunk_misses,
+        chunk_joined: stats.chunk_joined,
+        bad_chunks: stats.bad_chunks,
+        cached_bytes: stats.cached_bytes,
+        uncached_bytes: stats.uncached_bytes,
+        longest_stall_us: stats.longest_stall_us,
+    }
+}
+
+fn path(path: &PathStats) -> v1::PathStatus {
+    v1::PathStatus {
+        stripe: path.stripe,
+        host: path.host.as_ref().map(ToString::to_string).unwrap_or_default(),
+        portal: path.portal.clone(),
+        active: path.active,
+        state: path.state.into(),
+        in_flight: path.in_flight,
+        bytes: path.bytes,
+        failures: path.failures,
+        service_time_us: path.service_time_us,
+    }
+}
+
+pub(super) fn vm(report: &VmReport) -> v1::Vm {
+    let (state, error) = match &report.run {
+        VmRun::Absent => (v1::VmState::Unspecified, ""),
+        VmRun::Starting => (v1::VmState::Starting, ""),
+        VmRun::Ready => (v1::VmState::Ready, ""),
+        VmRun::Stopped => (v1::VmState::Stopped, ""),
+        VmRun::Failed(why) => (v1::VmState::Failed, why.as_str()),
+    };
+    let running = report.running.as_deref();
+    let stats = &report.stats;
+    v1::Vm {
+        name: report.name.to_string(),
+        image: report.image.as_ref().map(Into::into),
+        state: state.into(),
+        error: error.into(),
+        ready_us: report.ready_us,
+        pid: running.map_or(0, |running| running.pid().into()),
+        console_path: running
+            .map(|running| running.console().display().to_string())
+            .unwrap_or_default(),
+        qmp_path: running
+            .map(|running| running.spec().run_dir.join("qmp.sock").display().to_string())
+            .unwrap_or_default(),
+        acceleration: report.acceleration.into(),
+        read_bytes: stats.read_bytes,
+        written_bytes: stats.written_bytes,
+        read_operations: stats.read_operations,
+        read_time_ns: stats.read_time_ns,
+        io_errors: stats.failed_reads + stats.failed_writes + stats.failed_flushes,
+    }
+}
+
+pub(super) fn start_request(request: v1::StartVmRequest) -> Result<StartRequest, Status> {
+    let image: Option<ImageRef> = match &request.image {
+        None => None,
+        image => Some(treeboot_proto::image_id_or_newest(image.as_ref()).map_err(invalid)?),
+    };
+    let deadline_ms = request.ready.as_ref().map_or(0, |ready| ready.deadline_ms);
+    let ready = match request.ready.and_then(|ready| ready.when) {
+        None => Readiness::Started,
+        Some(v1::readiness::When::ConsoleLine(line)) => {
+            if line.is_empty() || line.len() > MAX_CONSOLE_LINE_BYTES {
+                return Err(invalid(format_args!(
+                    "the console line to wait for has {} bytes; give 1 to {MAX_CONSOLE_LINE_BYTES}",
+                    line.len()
+                )));
+            }
+            Readiness::Console { any_of: vec![line] }
+        }
+        Some(v1::readiness::When::GuestPort(port)) => Readiness::Port {
+            guest_port: u16::try_from(port)
+                .ok()
+                .filter(|port| *port > 0)
+                .ok_or_else(|| invalid(format_args!("{port} is no TCP port; give 1 to 65535")))?,
+            send: Vec::new(),
+        },
+    };
+    Ok(StartRequest {
+        image,
+        memory_mib: nonzero_or(request.memory_mib, MEMORY_MIB),
+        cpus: nonzero_or(request.cpus, 1),
+        ready,
+        ready_limit: match deadline_ms {
+            0 => READY_LIMIT,
+            ms => Duration::from_millis(ms),
+        },
+        seed: Seed {
+            authorized_keys: request.ssh_authorized_keys,
+            ..Seed::default()
+        }
+        .with_user_data(&request.user_data),
+    })
+}
+
+fn nonzero_or(value: u32, default: u32) -> u32 {
+    if value == 0 { default } else { value }
+}

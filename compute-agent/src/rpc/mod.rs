@@ -1,0 +1,318 @@
+//! The `Agent` service: messages become types here, and errors become statuses, and nowhere else.
+
+mod convert;
+mod streams;
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+use treeboot_proto::v1;
+use treeboot_proto::v1::agent_server::Agent;
+use treeboot_proto::{image_id, image_id_or_newest};
+use treeboot_types::{ImageRef, VmName};
+
+use crate::host::{Host, HostError, chain};
+use crate::link::LinkError;
+use crate::plane::PlaneError;
+use crate::store::StoreError;
+
+/// The service over one host.
+pub struct Service {
+    host: Host,
+}
+
+impl Service {
+    /// Serves `host`.
+    pub fn new(host: Host) -> Self {
+        Self { host }
+    }
+
+    fn disk(&self, vm: &VmName) -> Result<v1::Disk, HostError> {
+        let desired = self.host.desired();
+        let state = desired.disks.get(vm).ok_or_else(|| HostError::UnknownVm {
+            vm: vm.clone(),
+            host: self.host.info().name.to_string(),
+        })?;
+        let stats = self.host.plane().disk_stats(vm).unwrap_or_default();
+        Ok(v1::Disk {
+            vm: vm.to_string(),
+            image: Some((&state.image).into()),
+            bytes: state.disk.bytes,
+            url: self.host.disk_url(vm)?.to_string(),
+            delta_bytes: stats.delta_bytes,
+            read_bytes: stats.read_bytes,
+            written_bytes: stats.written_bytes,
+            sessions: stats.sessions,
+        })
+    }
+
+    fn not_yet<T>(&self, verb: &'static str) -> Result<T, Status> {
+        Err(status(HostError::NotYet {
+            verb,
+            instead: "stop the VM and copy its data by the guest's own means, or create a new VM of the same image",
+        }))
+    }
+}
+
+/// Runs a verb to its end even if whoever asked goes away: half a verb is worse than a whole one that nobody waits for.
+async fn whole<T: Send + 'static>(
+    verb: impl Future<Output = Result<T, HostError>> + Send + 'static,
+) -> Result<T, Status> {
+    match tokio::spawn(verb).await {
+        Ok(result) => result.map_err(status),
+        Err(error) => Err(Status::internal(format!(
+            "a bug ended the call, see the agent's log: {error}"
+        ))),
+    }
+}
+
+fn invalid(error: impl std::fmt::Display) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn vm_name(name: &str) -> Result<VmName, Status> {
+    VmName::new(name).map_err(invalid)
+}
+
+/// An error as a status: the code for programs, the whole chain of reasons for people.
+pub(crate) fn status(error: HostError) -> Status {
+    use tonic::Code;
+    let code = code(&error);
+    if matches!(code, Code::Internal) {
+        tracing::error!(error = %chain(&error), "a verb failed");
+    }
+    Status::new(code, chain(&error))
+}
+
+fn code(error: &HostError) -> tonic::Code {
+    use tonic::Code;
+    match error {
+        HostError::UnknownVm { .. }
+        | HostError::NotAttached { .. }
+        | HostError::Store(StoreError::NotStored { .. }) => Code::NotFound,
+        HostError::VmExists { .. } | HostError::ImageExists { .. } => Code::AlreadyExists,
+        HostError::ImageInUse { .. }
+        | HostError::NoHypervisor { .. }
+        | HostError::VmRuns { .. }
+        | HostError::Store(StoreError::NoStore { .. }) => Code::FailedPrecondition,
+        HostError::Link(LinkError::Unavailable { .. })
+        | HostError::NotReadable { .. }
+        | HostError::Stopping { .. }
+        | HostError::Store(StoreError::Unreadable { .. }) => Code::Unavailable,
+        HostError::Link(LinkError::Refused(status)) => status.code(),
+        HostError::Link(LinkError::Invalid { .. }) | HostError::Journal(_) | HostError::Stop(_) => {
+            Code::Internal
+        }
+        HostError::Invalid(_)
+        | HostError::Store(StoreError::Size { .. } | StoreError::Chunk { .. } | StoreError::Part { .. }) => {
+            Code::InvalidArgument
+        }
+        HostError::Store(StoreError::Interrupted { .. }) => Code::Aborted,
+        HostError::Store(StoreError::NoSpace { .. }) => Code::ResourceExhausted,
+        HostError::Store(StoreError::Io { .. }) => Code::Internal,
+        HostError::Store(StoreError::Damaged { .. }) => Code::DataLoss,
+        HostError::NotYet { .. } => Code::Unimplemented,
+        HostError::Start(error) => match error {
+            treeboot_hypervisor::StartError::Spec(_) | treeboot_hypervisor::StartError::Seed(_) => {
+                Code::InvalidArgument
+            }
+            treeboot_hypervisor::StartError::Probe(_) => Code::FailedPrecondition,
+            _ => Code::Internal,
+        },
+        HostError::Undo { cause, .. } => self::code(cause),
+        HostError::Reach { source, .. } => match source {
+            crate::apply::ReachError::Inspect(plane)
+            | crate::apply::ReachError::Step { source: plane, .. } => plane_code(plane),
+            crate::apply::ReachError::Obstacles(_) => Code::FailedPrecondition,
+            crate::apply::ReachError::Journal(_) => Code::Internal,
+        },
+        HostError::Plane(plane) => plane_code(plane),
+    }
+}
+
+fn plane_code(error: &PlaneError) -> tonic::Code {
+    use tonic::Code;
+    match error {
+        PlaneError::NoSpace { .. } => Code::ResourceExhausted,
+        PlaneError::Damaged { .. } => Code::DataLoss,
+        PlaneError::Missing { .. } => Code::NotFound,
+        PlaneError::TooLong { .. } => Code::Unavailable,
+        PlaneError::Rule(_) | PlaneError::Failed { .. } | PlaneError::Injected { .. } => Code::Internal,
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for Service {
+    async fn create(
+        &self,
+        request: Request<v1::CreateRequest>,
+    ) -> Result<Response<v1::CreateResponse>, Status> {
+        let request = request.into_inner();
+        let vm = vm_name(&request.vm)?;
+        let image = image_id_or_newest(request.image.as_ref()).map_err(invalid)?;
+        let (host, name) = (self.host.clone(), vm.clone());
+        whole(async move { host.create(&name, &image).await }).await?;
+        let disk = Some(self.disk(&vm).map_err(status)?);
+        Ok(Response::new(v1::CreateResponse { disk }))
+    }
+
+    async fn destroy(
+        &self,
+        request: Request<v1::DestroyRequest>,
+    ) -> Result<Response<v1::DestroyResponse>, Status> {
+        let request = request.into_inner();
+        let vm = vm_name(&request.vm)?;
+        let host = self.host.clone();
+        whole(async move { host.destroy(&vm, request.instance_only).await }).await?;
+        Ok(Response::new(v1::DestroyResponse {}))
+    }
+
+    async fn snapshot(
+        &self,
+        _: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<v1::SnapshotResponse>, Status> {
+        self.not_yet("snapshot")
+    }
+
+    async fn clone(&self, _: Request<v1::CloneRequest>) -> Result<Response<v1::CloneResponse>, Status> {
+        self.not_yet("clone")
+    }
+
+    async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
+        self.not_yet("migrate")
+    }
+
+    async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {
+        let desired = self.host.desired();
+        let live = desired.disks.iter().filter(|(_, disk)| !disk.doomed);
+        let disks: Result<_, _> = live.map(|(vm, _)| self.disk(vm)).collect();
+        let disks = disks.map_err(status)?;
+        Ok(Response::new(v1::ListResponse { disks }))
+    }
+
+    async fn attach(
+        &self,
+        request: Request<v1::AttachRequest>,
+    ) -> Result<Response<v1::AttachResponse>, Status> {
+        let asked = tokio::time::Instant::now();
+        let image: ImageRef = image_id_or_newest(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let host = self.host.clone();
+        let image = whole(async move { host.attach(&image).await }).await?;
+        let attachment = self
+            .host
+            .attachment(&image)
+            .map(|attachment| (&attachment).into());
+        Ok(Response::new(v1::AttachResponse {
+            attachment,
+            took_us: asked.elapsed().as_micros() as u64,
+        }))
+    }
+
+    async fn detach(
+        &self,
+        request: Request<v1::DetachRequest>,
+    ) -> Result<Response<v1::DetachResponse>, Status> {
+        let image = image_id(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let host = self.host.clone();
+        whole(async move { host.detach(&image).await }).await?;
+        Ok(Response::new(v1::DetachResponse {}))
+    }
+
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        Ok(Response::new(convert::status(&self.host)))
+    }
+
+    type AccessMapStream = streams::Answers<v1::AccessMapPart>;
+
+    async fn access_map(
+        &self,
+        request: Request<v1::AccessMapRequest>,
+    ) -> Result<Response<Self::AccessMapStream>, Status> {
+        let image = image_id(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let desired = self.host.desired();
+        let Some(state) = desired.images.get(&image) else {
+            let host = self.host.info().name.to_string();
+            return Err(status(HostError::NotAttached { image, host }));
+        };
+        let map = self.host.plane().access_map(&state.content.digest);
+        Ok(Response::new(streams::access_map(map)))
+    }
+
+    async fn import_image(
+        &self,
+        request: Request<tonic::Streaming<v1::ImportPart>>,
+    ) -> Result<Response<v1::ImportResponse>, Status> {
+        let imported = streams::import(&self.host, request.into_inner()).await?;
+        Ok(Response::new(convert::imported(&imported)))
+    }
+
+    type AdoptImageStream = streams::Answers<v1::AdoptProgress>;
+
+    async fn adopt_image(
+        &self,
+        request: Request<v1::AdoptRequest>,
+    ) -> Result<Response<Self::AdoptImageStream>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(streams::adopt(&self.host, &request)?))
+    }
+
+    async fn drop_image(
+        &self,
+        request: Request<v1::DropImageRequest>,
+    ) -> Result<Response<v1::DropImageResponse>, Status> {
+        let image = image_id(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let host = self.host.clone();
+        whole(async move { host.drop_image(&image).await }).await?;
+        Ok(Response::new(v1::DropImageResponse {}))
+    }
+
+    async fn start_vm(
+        &self,
+        request: Request<v1::StartVmRequest>,
+    ) -> Result<Response<v1::StartVmResponse>, Status> {
+        let request = request.into_inner();
+        let vm = vm_name(&request.vm)?;
+        let start = convert::start_request(request)?;
+        let host = self.host.clone();
+        let report = whole(async move { host.start_vm(&vm, start).await }).await?;
+        let vm = Some(convert::vm(&report));
+        Ok(Response::new(v1::StartVmResponse { vm }))
+    }
+
+    async fn stop_vm(
+        &self,
+        request: Request<v1::StopVmRequest>,
+    ) -> Result<Response<v1::StopVmResponse>, Status> {
+        let request = request.into_inner();
+        let vm = vm_name(&request.vm)?;
+        let host = self.host.clone();
+        let report = whole(async move { host.stop_vm(&vm, request.force).await }).await?;
+        let vm = Some(convert::vm(&report));
+        Ok(Response::new(v1::StopVmResponse { vm }))
+    }
+
+    type WatchVmStream = streams::Answers<v1::Vm>;
+
+    async fn watch_vm(
+        &self,
+        request: Request<v1::WatchVmRequest>,
+    ) -> Result<Response<Self::WatchVmStream>, Status> {
+        let vm = vm_name(&request.into_inner().vm)?;
+        let watch = self.host.watch_vm(&vm).map_err(status)?;
+        Ok(Response::new(streams::watch(watch)))
+    }
+
+    async fn list_vms(
+        &self,
+        _: Request<v1::ListVmsRequest>,
+    ) -> Result<Response<v1::ListVmsResponse>, Status> {
+        let reports = self.host.vms().await;
+        let vms = reports.iter().map(convert::vm).collect();
+        Ok(Response::new(v1::ListVmsResponse { vms }))
+    }
+}
+
+/// The service, ready for a server.
+pub fn server(host: Host) -> v1::agent_server::AgentServer<Service> {
+    v1::agent_server::AgentServer::from_arc(Arc::new(Service::new(host)))
+}

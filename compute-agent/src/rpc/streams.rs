@@ -1,0 +1,162 @@
+//! The verbs that stream.
+
+use std::pin::Pin;
+
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::Status;
+use treeboot_proto::v1::import_part::Part;
+use treeboot_proto::{image_id_or_newest, v1};
+use treeboot_types::{DEFAULT_CHUNK_BYTES, ImageRef, IscsiUrl};
+
+use super::{convert, invalid, status, whole};
+use crate::host::{Host, HostError, Imported, VmReport, VmRun, chain};
+use crate::store::{ImportHeader, ImportPart};
+
+/// What a verb streams back.
+pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Runs of an access map in one message: 64 KiB of numbers.
+const RUNS: usize = 8192;
+/// Most targets that one image is adopted from.
+const MAX_URLS: usize = 16;
+/// Answers that may wait for whoever asked.
+const ANSWERS: usize = 8;
+/// How much is read between two words of progress.
+const PROGRESS_BYTES: u64 = 8 << 20;
+
+pub(super) fn access_map(map: Vec<(u32, u32)>) -> Answers<v1::AccessMapPart> {
+    let parts: Vec<_> = map
+        .chunks(RUNS)
+        .map(|runs| {
+            let (first_blocks, counts) = runs.iter().copied().unzip();
+            Ok(v1::AccessMapPart { first_blocks, counts })
+        })
+        .collect();
+    Box::pin(tokio_stream::iter(parts))
+}
+
+pub(super) async fn import(
+    host: &Host,
+    mut stream: tonic::Streaming<v1::ImportPart>,
+) -> Result<Imported, Status> {
+    let first = stream.message().await?.and_then(|part| part.part);
+    let Some(Part::Header(header)) = first else {
+        return Err(invalid("the first part of an import must be its header"));
+    };
+    let image: ImageRef = image_id_or_newest(header.image.as_ref()).map_err(invalid)?;
+    let header = ImportHeader {
+        image: image.to_string(),
+        bytes: header.bytes,
+        chunk_bytes: if header.chunk_bytes == 0 {
+            DEFAULT_CHUNK_BYTES
+        } else {
+            header.chunk_bytes
+        },
+        adopted_from: Vec::new(),
+    };
+    let (parts, inbox) = Host::import_parts();
+    let importing = {
+        let host = host.clone();
+        whole(async move { host.import(image, header, inbox).await })
+    };
+    let reading = async move {
+        let mut data_bytes = 0;
+        loop {
+            let part = match stream.message().await.map(|part| part.and_then(|part| part.part)) {
+                Ok(Some(Part::Data(data))) => {
+                    data_bytes += data.data.len() as u64;
+                    Ok(ImportPart {
+                        offset: data.offset,
+                        data: data.data.into(),
+                    })
+                }
+                Ok(Some(Part::End(end))) if end.data_bytes == data_bytes => return,
+                Ok(Some(Part::End(end))) => Err(format!(
+                    "its end speaks of {} bytes of data, and {data_bytes} came",
+                    end.data_bytes
+                )),
+                Ok(Some(Part::Header(_))) => Err("a second header".to_owned()),
+                // A sender that gave up can look like this; what it did not send is not a hole.
+                Ok(None) => Err("the stream ended without a part that says so".to_owned()),
+                Err(error) => Err(chain(&error)),
+            };
+            let last = part.is_err();
+            // A writer that gave up says why itself.
+            if parts.send(part).await.is_err() || last {
+                return;
+            }
+        }
+    };
+    // The import outlives this call where the sender goes away: then its own part is to clean up.
+    let reading = tokio::spawn(reading);
+    let imported = importing.await;
+    reading.abort();
+    imported
+}
+
+pub(super) fn adopt(host: &Host, request: &v1::AdoptRequest) -> Result<Answers<v1::AdoptProgress>, Status> {
+    let image = image_id_or_newest(request.image.as_ref()).map_err(invalid)?;
+    if request.urls.is_empty() || request.urls.len() > MAX_URLS {
+        return Err(invalid(format_args!(
+            "{} targets were named; give 1 to {MAX_URLS}, for instance iscsi://HOST/TARGET/LUN",
+            request.urls.len()
+        )));
+    }
+    let urls: Result<Vec<IscsiUrl>, _> = request.urls.iter().map(|url| url.parse()).collect();
+    let urls = urls.map_err(|error: treeboot_types::IscsiUrlError| invalid(chain(&error)))?;
+    let (answers, stream) = mpsc::channel(ANSWERS);
+    let host = host.clone();
+    tokio::spawn(async move {
+        let progress = answers.clone();
+        let mut said = 0;
+        let tell = move |done: u64, total: u64| {
+            if done >= said + PROGRESS_BYTES || done == total {
+                said = done;
+                // Whoever asked does not read as fast as the disk: a word of progress is lost, no more.
+                let _ = progress.try_send(Ok(v1::AdoptProgress {
+                    done_bytes: done,
+                    total_bytes: total,
+                    result: None,
+                }));
+            }
+        };
+        let result = tokio::select! {
+            result = host.adopt(image, urls, tell) => result,
+            () = answers.closed() => return,
+        };
+        let answer = match result {
+            Ok(imported) => Ok(v1::AdoptProgress {
+                done_bytes: imported.image.bytes,
+                total_bytes: imported.image.bytes,
+                result: Some(convert::imported(&imported)),
+            }),
+            Err(error) => Err(status(error)),
+        };
+        let _ = answers.send(answer).await;
+    });
+    Ok(Box::pin(ReceiverStream::new(stream)))
+}
+
+/// The VM's present state, then each change, until it is ready, failed or stopped.
+pub(super) fn watch(mut report: watch::Receiver<VmReport>) -> Answers<v1::Vm> {
+    let (answers, stream) = mpsc::channel(ANSWERS);
+    tokio::spawn(async move {
+        loop {
+            let now = report.borrow_and_update().clone();
+            let now = now.with_stats().await;
+            let last = !matches!(now.run, VmRun::Starting);
+            if answers.send(Ok(convert::vm(&now))).await.is_err() || last {
+                return;
+            }
+            tokio::select! {
+                changed = report.changed() => if changed.is_err() {
+                    return;
+                },
+                () = answers.closed() => return,
+            }
+        }
+    });
+    Box::pin(ReceiverStream::new(stream).map(|answer: Result<v1::Vm, HostError>| answer.map_err(status)))
+}

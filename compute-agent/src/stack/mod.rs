@@ -1,0 +1,302 @@
+//! What a host should hold, what it holds, and the steps between: pure values and one pure function.
+//!
+//! [`plan`] makes every choice; whoever applies its steps makes none. Equal input gives no steps. Deliberately
+//! absent: clocks, I/O, async, and anything that only one plane has (a plane gives a step its meaning).
+//!
+//! The layers, bottom up, are the same for every plane: paths to parents, the base over them, the base's exports
+//! for children, a VM's delta, the VM's disk. A layer is built after what it stands on and removed before it.
+
+mod plan;
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use treeboot_types::{Digest, Endpoint, HostName, ImageId, PathPolicy, VmName};
+
+pub use plan::{Obstacle, Plan, plan};
+pub use world::{Violation, World};
+
+/// What an image is, apart from its names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    /// Root of the dm-verity tree: the identity.
+    pub digest: Digest,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// The unit of caching in bytes, a power of two.
+    pub chunk_bytes: u32,
+}
+
+/// Where a base keeps its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Backing {
+    /// In the host's cache: what was read so far, and what does not fit passes through.
+    Cache,
+    /// In the host's store: the whole image, put there by an import.
+    Store,
+    /// In the host's store, but only the hash tree for certain; data is read from foreign targets and kept.
+    Adopted,
+}
+
+impl Backing {
+    /// Whether the directory belongs to the store, whose contents are removed only when a person says so.
+    pub fn in_store(self) -> bool {
+        matches!(self, Self::Store | Self::Adopted)
+    }
+}
+
+/// One place to read a base from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PathTo {
+    /// The host behind it; absent for a foreign target.
+    pub host: Option<HostName>,
+    /// Where it is served.
+    pub endpoint: Endpoint,
+}
+
+/// The paths of one stripe.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StripePaths {
+    /// Parents that share the load.
+    pub active: Vec<PathTo>,
+    /// Where reads go when no active path answers, in this order.
+    pub fallbacks: Vec<PathTo>,
+    /// How the load is shared.
+    pub policy: PathPolicy,
+}
+
+/// Where a base's bytes come from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Sources {
+    /// Bytes of consecutive addresses that one stripe holds before the next one's turn.
+    pub unit_bytes: u64,
+    /// One for each stripe; none where the store holds everything.
+    pub stripes: Vec<StripePaths>,
+}
+
+/// Who may read an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// Every initiator: an origin.
+    Anyone,
+    /// These hosts, by their initiators' names.
+    Hosts(BTreeSet<HostName>),
+}
+
+impl Access {
+    /// What both allow.
+    fn narrowed_to(&self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Anyone, other) => other.clone(),
+            (this, Self::Anyone) => this.clone(),
+            (Self::Hosts(a), Self::Hosts(b)) => Self::Hosts(a.intersection(b).cloned().collect()),
+        }
+    }
+}
+
+/// A base as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WantedBase {
+    /// What it is.
+    pub content: Content,
+    /// Where it keeps its bytes.
+    pub backing: Backing,
+    /// Where they come from.
+    pub sources: Sources,
+    /// Under which names it is exported, and to whom.
+    pub exports: BTreeMap<ImageId, Access>,
+}
+
+/// A VM's disk as it should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WantedDisk {
+    /// The base under it.
+    pub digest: Digest,
+    /// Its size in bytes.
+    pub bytes: u64,
+}
+
+/// All that a host, or the part of it that is planned, should hold.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// Bases, by content.
+    pub bases: BTreeMap<Digest, WantedBase>,
+    /// Bases that another plan keeps: disks may stand on them, and nothing of them is planned here.
+    pub standing: BTreeSet<Digest>,
+    /// Disks, by VM.
+    pub disks: BTreeMap<VmName, WantedDisk>,
+    /// Disks whose deltas are to be deleted. A delta in neither set is nobody's to delete.
+    pub doomed_disks: BTreeSet<VmName>,
+    /// Caches without a base that stay for the next time.
+    pub kept_caches: BTreeSet<Digest>,
+    /// Stores that are to be deleted. A store in no set stays.
+    pub doomed_stores: BTreeSet<Digest>,
+}
+
+/// An open base.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundBase {
+    /// What it is.
+    pub content: Content,
+    /// Where it keeps its bytes.
+    pub backing: Backing,
+}
+
+/// An export of a base.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundExport {
+    /// The base.
+    pub digest: Digest,
+    /// Who may read it.
+    pub access: Access,
+}
+
+/// A VM's delta on stable storage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FoundDelta {
+    /// Whole, as far as a look at its head tells.
+    Sound(WantedDisk),
+    /// Not readable as a delta.
+    Damaged(String),
+    /// Not looked into: whose it is shows when it is served, and serving another's is refused.
+    Unopened,
+}
+
+/// All that `inspect` saw.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Found {
+    /// Paths that are set, by the base they feed.
+    pub paths: BTreeMap<Digest, Sources>,
+    /// Open bases.
+    pub bases: BTreeMap<Digest, FoundBase>,
+    /// Exports of bases.
+    pub exports: BTreeMap<ImageId, FoundExport>,
+    /// Cache directories.
+    pub caches: BTreeSet<Digest>,
+    /// Store directories, finished ones only.
+    pub stores: BTreeSet<Digest>,
+    /// Deltas.
+    pub deltas: BTreeMap<VmName, FoundDelta>,
+    /// Disks that are served, and the base each stands on.
+    pub disks: BTreeMap<VmName, Digest>,
+    /// What an interrupted step of ours left lying, by the plane's own name for it.
+    pub leftovers: BTreeSet<String>,
+}
+
+/// One change of one layer. Applying one that is done already changes nothing and succeeds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "step")]
+pub enum Step {
+    /// Removes what an interrupted step left lying.
+    Sweep {
+        /// The plane's name for it.
+        leftover: String,
+    },
+    /// Ends serving a VM's disk; its delta stays.
+    StopDisk {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Deletes a VM's delta.
+    DeleteDelta {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Ends an export of a base.
+    Unexport {
+        /// The name it has there.
+        image: ImageId,
+    },
+    /// Closes a base; its cache or store stays.
+    CloseBase {
+        /// The base.
+        digest: Digest,
+    },
+    /// Ends the paths of a base.
+    DropPaths {
+        /// The base.
+        digest: Digest,
+    },
+    /// Deletes a cache that no base uses.
+    DropCache {
+        /// The content.
+        digest: Digest,
+    },
+    /// Deletes an image from the store.
+    DropStore {
+        /// The content.
+        digest: Digest,
+    },
+    /// Sets where a base reads from; paths that stay keep their sessions. Does not wait for any to be up.
+    SetPaths {
+        /// The base.
+        digest: Digest,
+        /// The paths.
+        sources: Sources,
+    },
+    /// Opens a base over its paths, making the cache where it is missing.
+    OpenBase {
+        /// What it is.
+        content: Content,
+        /// Where it keeps its bytes.
+        backing: Backing,
+    },
+    /// Exports a base.
+    Export {
+        /// Under this name.
+        image: ImageId,
+        /// The base.
+        digest: Digest,
+        /// To whom.
+        access: Access,
+    },
+    /// Changes who may read an export; sessions of those who no longer may are closed.
+    SetAccess {
+        /// The export.
+        image: ImageId,
+        /// To whom.
+        access: Access,
+    },
+    /// Makes an empty delta.
+    CreateDelta {
+        /// The VM.
+        vm: VmName,
+        /// On which base, and how large.
+        disk: WantedDisk,
+    },
+    /// Serves a VM's disk: its delta over the base.
+    ServeDisk {
+        /// The VM.
+        vm: VmName,
+        /// On which base, and how large.
+        disk: WantedDisk,
+    },
+}
+
+impl Step {
+    /// A short name for logs and for tests that count steps.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sweep { .. } => "sweep",
+            Self::StopDisk { .. } => "stop_disk",
+            Self::DeleteDelta { .. } => "delete_delta",
+            Self::Unexport { .. } => "unexport",
+            Self::CloseBase { .. } => "close_base",
+            Self::DropPaths { .. } => "drop_paths",
+            Self::DropCache { .. } => "drop_cache",
+            Self::DropStore { .. } => "drop_store",
+            Self::SetPaths { .. } => "set_paths",
+            Self::OpenBase { .. } => "open_base",
+            Self::Export { .. } => "export",
+            Self::SetAccess { .. } => "set_access",
+            Self::CreateDelta { .. } => "create_delta",
+            Self::ServeDisk { .. } => "serve_disk",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
