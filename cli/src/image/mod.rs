@@ -1,0 +1,84 @@
+//! `treeboot image …`: records at the coordinator, bytes on origin agents, bases on hosts.
+
+mod add;
+mod attach;
+mod list;
+
+use treeboot_proto::v1;
+use treeboot_types::{Digest, HostName, ImageRef, Iqn, IscsiUrl};
+
+use crate::client::Options;
+use crate::failure::Failure;
+use crate::output::JsonFlag;
+
+/// Verbs on images.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum ImageVerb {
+    Import(add::ImportArgs),
+    Register(add::RegisterArgs),
+    /// List the images that the coordinator knows
+    #[command(
+        after_help = "Example:\n  treeboot image list\n  treeboot image list --json | jq -r '.[].name'"
+    )]
+    List(JsonFlag),
+    /// Show one image: content, origins, chunk, stripes
+    #[command(after_help = "Example:\n  treeboot image show debian\n  treeboot image show debian@2 --json")]
+    Show {
+        /// NAME or NAME@VERSION; without a version the newest
+        image: ImageRef,
+        #[command(flatten)]
+        json: JsonFlag,
+    },
+    /// Remove an image: its record at the coordinator and its bytes on the origins that store it
+    #[command(
+        after_help = "Example:\n  treeboot image remove debian@1\n  treeboot image remove debian@1 --force"
+    )]
+    Remove {
+        /// NAME@VERSION, or NAME for the newest version
+        image: ImageRef,
+        /// Remove it although hosts are attached: they are told to detach, and their VMs lose their disks' base
+        #[arg(long)]
+        force: bool,
+    },
+    Attach(attach::AttachArgs),
+    Detach(attach::DetachArgs),
+}
+
+/// Runs a verb.
+pub(crate) async fn run(options: &Options, verb: ImageVerb) -> Result<(), Failure> {
+    match verb {
+        ImageVerb::Import(args) => add::import(options, args).await,
+        ImageVerb::Register(args) => add::register(options, args).await,
+        ImageVerb::List(json) => list::list(options, json).await,
+        ImageVerb::Show { image, json } => list::show(options, &image, json).await,
+        ImageVerb::Remove { image, force } => list::remove(options, &image, force).await,
+        ImageVerb::Attach(args) => attach::attach(options, args).await,
+        ImageVerb::Detach(args) => attach::detach(options, args).await,
+    }
+}
+
+/// A digest of a message in hexadecimal; what is no digest is shown as it is.
+pub(crate) fn digest_words(digest: &[u8]) -> String {
+    match Digest::from_slice(digest) {
+        Ok(digest) => digest.to_string(),
+        Err(_) => digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+    }
+}
+
+/// The URL under which an endpoint serves data, as QEMU and `iscsi-ls` take it.
+pub(crate) fn endpoint_url(endpoint: &v1::Endpoint) -> String {
+    let target = Iqn::new(&endpoint.target).map_or_else(|_| endpoint.target.clone(), |iqn| iqn.to_string());
+    let url = format!("iscsi://{}/{target}/{}", endpoint.portal, endpoint.data_lun);
+    url.parse::<IscsiUrl>().map_or(url, |url| url.to_string())
+}
+
+/// Whether a host is among an image's origins.
+pub(crate) fn is_origin(image: &v1::Image, host: &str) -> bool {
+    image.origins.iter().any(|origin| origin.host == host)
+}
+
+/// Names of hosts that were given more than once count once; the order stays.
+pub(crate) fn distinct(hosts: &[HostName]) -> Vec<HostName> {
+    let mut seen = std::collections::HashSet::new();
+    hosts.iter().filter(|host| seen.insert(*host)).cloned().collect()
+}
