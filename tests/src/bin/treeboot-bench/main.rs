@@ -1,0 +1,59 @@
+//! `treeboot-bench`, which `cargo xtask bench` builds and becomes: our figures beside those of peers, in interleaved rounds.
+
+#![forbid(unsafe_code)]
+
+mod boot;
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use treeboot_tests::scratch::{MARK, Scratch};
+
+/// Measures treeboot beside its peers.
+#[derive(Debug, Parser)]
+#[command(name = "treeboot-bench")]
+enum Bench {
+    /// QEMU's own time for a read during a boot: raw file, tgt, treeboot from a warm cache.
+    Boot(boot::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match std::env::var_os(MARK) {
+        None => supervise(),
+        Some(_) => work(Bench::parse()),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs this program once more as a process that belongs to a scratch folder, so that the guests that it starts itself end with it.
+fn supervise() -> Result<ExitCode> {
+    // Errors of the command line are told before anything is made.
+    let _ = Bench::parse();
+    let scratch = Scratch::new(std::env::temp_dir().join("treeboot.evidence"))?;
+    let status = scratch
+        .command(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .status()
+        .context("could not start the bench")?;
+    scratch.pass();
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn work(bench: Bench) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match bench {
+        Bench::Boot(options) => runtime.block_on(boot::run(&options))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,23 @@
+//! Real processes under test: daemons as a person would start them, on addresses and in folders of their own, with their end assured.
+//!
+//! `tests/processes` and the programs `treeboot-demo` and `treeboot-bench` are written with it. Deliberately absent: the daemons' crates.
+//! What is tested here is what is installed, over its own wires.
+
+#![forbid(unsafe_code)]
+
+pub mod binaries;
+pub mod cluster;
+pub mod daemon;
+pub mod fleet;
+pub mod guest;
+pub mod image;
+pub mod measure;
+pub mod need;
+pub mod network;
+pub mod reader;
+pub mod scratch;
+pub mod stats;
+pub mod table;
+pub mod tgt;
+pub mod uml;
+pub mod wait;

@@ -1,0 +1,174 @@
+//! Hosts in network namespaces of their own, each with one link to a bridge in a namespace that is ours too: links can be cut, and
+//! their bytes are counted by the kernel. Needs root and `ip` (iproute2).
+//!
+//! The machine's own network is never touched. A test works from within the hub's namespace: [`Network::enter`].
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context as _, Result, bail};
+use nix::sched::{CloneFlags, setns};
+
+use crate::scratch::Scratch;
+
+/// The network's addresses: 10.0.0.1 beside 10.0.0.10 on purpose, which a substring match takes for each other.
+const HUB: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 254));
+
+/// A bridge with hosts around it.
+#[derive(Debug)]
+pub struct Network {
+    hub: String,
+    hosts: usize,
+}
+
+/// Bytes that passed a host's link.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LinkBytes {
+    /// Into the host.
+    pub received: u64,
+    /// Out of the host.
+    pub sent: u64,
+}
+
+impl Network {
+    /// Makes the namespaces and links; they end with the scratch folder.
+    ///
+    /// # Errors
+    /// Not root, or `ip` failed.
+    pub fn new(scratch: &Scratch, hosts: usize) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let hub = format!("tb{}-{count}", std::process::id());
+        let network = Self { hub, hosts };
+        scratch.own_namespace(&network.hub)?;
+        ip(&format!("netns add {}", network.hub))?;
+        let hub = &network.hub;
+        ip(&format!("-n {hub} link set lo up"))?;
+        // No spanning tree, so that a link that comes back carries frames at once.
+        ip(&format!("-n {hub} link add hub type bridge stp_state 0"))?;
+        ip(&format!("-n {hub} addr add {HUB}/24 dev hub"))?;
+        ip(&format!("-n {hub} link set hub up"))?;
+        for host in 0..hosts {
+            let namespace = network.namespace(host);
+            scratch.own_namespace(&namespace)?;
+            ip(&format!("netns add {namespace}"))?;
+            ip(&format!(
+                "-n {hub} link add port{host} type veth peer name eth0 netns {namespace}"
+            ))?;
+            ip(&format!("-n {hub} link set port{host} master hub up"))?;
+            ip(&format!("-n {namespace} link set lo up"))?;
+            ip(&format!(
+                "-n {namespace} addr add {}/24 dev eth0",
+                network.address(host)
+            ))?;
+            ip(&format!("-n {namespace} link set eth0 up"))?;
+        }
+        Ok(network)
+    }
+
+    /// Moves the calling thread into the hub, for good: whatever it starts from now on (processes, sockets, threads) is there.
+    ///
+    /// # Errors
+    /// The right to do so is missing.
+    pub fn enter(&self) -> Result<()> {
+        let path = format!("/run/netns/{}", self.hub);
+        let file = File::open(&path).with_context(|| format!("could not open {path}"))?;
+        setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("could not enter {path}"))
+    }
+
+    /// The name of a host's namespace.
+    #[must_use]
+    pub fn namespace(&self, host: usize) -> String {
+        format!("{}-h{host}", self.hub)
+    }
+
+    /// A host's address, from 10.0.0.1.
+    #[must_use]
+    pub fn address(&self, host: usize) -> IpAddr {
+        let last = u8::try_from(host + 1).unwrap_or(u8::MAX);
+        IpAddr::V4(Ipv4Addr::new(10, 0, 0, last))
+    }
+
+    /// Adds a tap to the bridge, for a guest with a kernel of its own; gives its name in the hub's namespace.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn add_tap(&self, index: usize) -> Result<String> {
+        let (hub, tap) = (&self.hub, format!("tap{index}"));
+        ip(&format!("-n {hub} tuntap add dev {tap} mode tap"))?;
+        ip(&format!("-n {hub} link set {tap} master hub up"))?;
+        Ok(tap)
+    }
+
+    /// The name of the hub's namespace.
+    #[must_use]
+    pub fn hub_namespace(&self) -> &str {
+        &self.hub
+    }
+
+    /// The hub's address, where the coordinator listens.
+    #[must_use]
+    pub fn hub_address(&self) -> IpAddr {
+        HUB
+    }
+
+    /// Takes a host's link down: frames are lost, no connection is told.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn cut(&self, host: usize) -> Result<()> {
+        // At the hub's end, so that the host keeps its address and its routes, as with a pulled cable at the switch.
+        ip(&format!("-n {} link set port{host} down", self.hub))?;
+        Ok(())
+    }
+
+    /// Undoes [`Network::cut`].
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn mend(&self, host: usize) -> Result<()> {
+        ip(&format!("-n {} link set port{host} up", self.hub))?;
+        Ok(())
+    }
+
+    /// Bytes that passed a host's link, headers of all layers included.
+    ///
+    /// # Errors
+    /// `ip` failed or its answer is not understood.
+    pub fn link_bytes(&self, host: usize) -> Result<LinkBytes> {
+        let answer = ip(&format!("-n {} -s -j link show port{host}", self.hub))?;
+        let links: serde_json::Value = serde_json::from_str(&answer).context("ip's answer is not JSON")?;
+        let bytes = |direction: &str| {
+            links[0]["stats64"][direction]["bytes"]
+                .as_u64()
+                .with_context(|| format!("no {direction} bytes in {links}"))
+        };
+        // What the hub's end receives, the host sent.
+        Ok(LinkBytes {
+            received: bytes("tx")?,
+            sent: bytes("rx")?,
+        })
+    }
+
+    /// How many hosts there are.
+    #[must_use]
+    pub fn hosts(&self) -> usize {
+        self.hosts
+    }
+}
+
+fn ip(arguments: &str) -> Result<String> {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .context("could not start ip (apt-get install iproute2)")?;
+    if !output.status.success() {
+        bail!(
+            "ip {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

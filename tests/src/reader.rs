@@ -1,0 +1,73 @@
+//! Reads an image whole through a VM's disk, as a front end would, and compares every block with what the image is known to hold.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use futures_util::stream::{StreamExt as _, TryStreamExt as _};
+use treeboot_iscsi::initiator::{Session, SessionOptions};
+use treeboot_proto::v1;
+use treeboot_types::{Iqn, IscsiUrl, VmName};
+
+use crate::daemon::Daemon;
+use crate::image::Pattern;
+use crate::measure::newest;
+
+/// One command.
+const READ_BYTES: u64 = 64 * 1024;
+/// Commands under way at once: enough to keep every hop busy.
+const DEPTH: usize = 16;
+
+/// What a whole read took.
+#[derive(Debug, Clone, Copy)]
+pub struct WholeRead {
+    /// Altogether.
+    pub took: Duration,
+    /// The longest single command.
+    pub longest: Duration,
+}
+
+/// Logs in at a VM's disk, as its front end; the disk is made, and the host attached, where they are not.
+///
+/// # Errors
+/// The agent cannot attach, or refuses.
+pub async fn log_in(agent: &Daemon, image: &str, vm: &str) -> Result<(Session, u16)> {
+    let request = v1::CreateRequest {
+        vm: vm.to_owned(),
+        image: Some(newest(image)),
+    };
+    let answer = agent.agent().await?.create(request).await?;
+    let disk = answer.into_inner().disk.context("an answer without the disk")?;
+    let url: IscsiUrl = disk.url.parse()?;
+    let options = SessionOptions::new(url.portal(), url.target.clone(), Iqn::of_vm(&VmName::new(vm)?));
+    let session = Session::connect(options).await?;
+    Ok((session, url.lun))
+}
+
+/// Reads all of an image through one session, some commands at a time.
+///
+/// # Errors
+/// A command failed, or a block is not the image's; the error says which.
+pub async fn read_whole(session: &Session, lun: u16, pattern: Pattern) -> Result<WholeRead> {
+    let began = Instant::now();
+    let offsets = (0..pattern.bytes).step_by(usize::try_from(READ_BYTES)?);
+    let longest = futures_util::stream::iter(offsets)
+        .map(|offset| async move {
+            let began = Instant::now();
+            let bytes = u32::try_from(READ_BYTES.min(pattern.bytes - offset))?;
+            let read = session.read(lun, offset, bytes).await?;
+            match pattern.first_wrong_block(offset, &read) {
+                Some(block) => bail!("block {block} is not the image's"),
+                None => Ok(began.elapsed()),
+            }
+        })
+        .buffer_unordered(DEPTH)
+        .try_fold(
+            Duration::ZERO,
+            |longest, took| async move { Ok(longest.max(took)) },
+        )
+        .await?;
+    Ok(WholeRead {
+        took: began.elapsed(),
+        longest,
+    })
+}

@@ -1,0 +1,13 @@
+//! Laws that only real processes can show. One program for all of them, because every further one would be linked anew.
+
+#![forbid(unsafe_code)]
+
+mod attach;
+mod bad_input;
+mod boot;
+mod bytes;
+mod faults;
+mod harness;
+mod kernel_initiator;
+mod names;
+mod support;

@@ -1,0 +1,57 @@
+//! What the tests share: a cluster for each, on a thread of its own, with a limit.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use treeboot_tests::cluster::{Cluster, Plan};
+use treeboot_tests::wait::within;
+
+/// For one test as a whole, guests' boots on a busy machine of two cores included. A healthy one takes 1 to 20 s.
+const TEST_LIMIT: Duration = Duration::from_secs(180);
+
+/// How a test shares the machine with others.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Machine {
+    /// It mostly waits, or computes little.
+    Shared,
+    /// It boots guests or measures time.
+    Alone,
+}
+
+static MACHINE: parking_lot::RwLock<()> = parking_lot::RwLock::new(());
+
+/// Runs a test on a thread and runtime of its own (a thread that entered a network namespace does not come back).
+pub(crate) fn on_own_thread<T>(machine: Machine, test: T) -> Result<()>
+where
+    T: AsyncFnOnce() -> Result<()> + Send + 'static,
+{
+    let thread = std::thread::spawn(move || {
+        let (_shared, _alone) = match machine {
+            Machine::Shared => (Some(MACHINE.read()), None),
+            Machine::Alone => (None, Some(MACHINE.write())),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("no runtime")?;
+        runtime.block_on(async { within(TEST_LIMIT, "the test", test()).await? })
+    });
+    match thread.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Runs a test with a started cluster, whose logs are kept where the test fails.
+pub(crate) fn with_cluster<T>(label: &str, machine: Machine, plan: Plan, test: T) -> Result<()>
+where
+    T: AsyncFnOnce(&Cluster) -> Result<()> + Send + 'static,
+{
+    let label = label.to_owned();
+    on_own_thread(machine, async move || {
+        let cluster = Cluster::start(&label, &plan).await?;
+        test(&cluster).await?;
+        cluster.pass();
+        Ok(())
+    })
+}
