@@ -1,0 +1,99 @@
+//! `cargo xtask test`: everything that must hold before a change goes in, in the order of how fast it can fail.
+//!
+//! One profile and one set of features for all of it, so that nothing is compiled twice: `cargo build --all-targets` makes
+//! what `cargo test` then runs, and the daemons that its real-process tests start.
+
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+
+use crate::demo;
+use crate::guest::{self, Kind};
+use crate::workspace;
+
+/// What the tests need from Debian.
+const PACKAGES: &[&str] = &[
+    "cryptsetup-bin",
+    "e2fsprogs",
+    "fio",
+    "iproute2",
+    "kmod",
+    "libiscsi-bin",
+    "open-iscsi",
+    "qemu-block-extra",
+    "qemu-system-x86",
+    "qemu-utils",
+    "tgt",
+    "user-mode-linux",
+];
+
+/// Options of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Leaves out rustfmt and clippy.
+    #[arg(long)]
+    no_lint: bool,
+    /// Handed on to `cargo test`, for instance `-p treeboot-block` or `-- cache`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    cargo_args: Vec<String>,
+}
+
+/// Runs the tests; `ci` makes a skipped test a failure.
+///
+/// # Errors
+/// The first step that failed.
+pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
+    let began = Instant::now();
+    let say = |what: &str| eprintln!("xtask: {:>4} s  {what}", began.elapsed().as_secs());
+
+    if !args.no_lint {
+        components()?;
+        say("cargo fmt --check");
+        workspace::run(workspace::cargo()?.args(["fmt", "--all", "--", "--check"]))
+            .context("`cargo fmt` mends it")?;
+    }
+    say("Debian packages");
+    crate::apt::ensure_packages(PACKAGES)?;
+    say("busybox guest");
+    let busybox = guest::ensure(Kind::Busybox)?;
+    if !args.no_lint {
+        say("cargo clippy");
+        workspace::run(
+            workspace::cargo()?
+                .args(["clippy", "--workspace", "--all-targets", "--locked", "--quiet"])
+                .args(["--", "-D", "warnings"]),
+        )?;
+    }
+    say("cargo build");
+    workspace::run(workspace::cargo()?.args(["build", "--workspace", "--all-targets", "--locked"]))?;
+    say("cargo test");
+    let mut test = workspace::cargo()?;
+    // All that fails, not the first alone. `--all-targets` leaves out only doctests: examples live in `examples/`.
+    test.args(["test", "--workspace", "--all-targets", "--locked", "--no-fail-fast"])
+        .args(&args.cargo_args)
+        .env(demo::BIN_DIR, workspace::target_dir()?.join("debug"))
+        .env("TREEBOOT_GUEST_BUSYBOX", busybox);
+    if ci {
+        test.env("CI", "1");
+    }
+    // Nothing is printed after this: whoever reads the log finds cargo's own results at its end.
+    workspace::run(&mut test)
+}
+
+/// rustfmt and clippy, which a minimal toolchain leaves out.
+fn components() -> Result<()> {
+    for (subcommand, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        let there = workspace::cargo()?
+            .args([subcommand, "--version"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?
+            .success();
+        if !there {
+            workspace::run(std::process::Command::new("rustup").args(["component", "add", component]))
+                .with_context(|| format!("this toolchain has no {component}"))?;
+        }
+    }
+    Ok(())
+}
