@@ -70,10 +70,16 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
     say("cargo test");
     let mut test = workspace::cargo()?;
     // All that fails, not the first alone. `--all-targets` leaves out only doctests: examples live in `examples/`.
-    test.args(["test", "--workspace", "--all-targets", "--locked", "--no-fail-fast"])
-        .args(&args.cargo_args)
-        .env(demo::BIN_DIR, workspace::target_dir()?.join("debug"))
-        .env("TREEBOOT_GUEST_BUSYBOX", busybox);
+    test.args([
+        "test",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--no-fail-fast",
+    ])
+    .args(&args.cargo_args)
+    .env(demo::BIN_DIR, workspace::target_dir()?.join("debug"))
+    .env("TREEBOOT_GUEST_BUSYBOX", busybox);
     if ci {
         test.env("CI", "1");
     }

@@ -92,7 +92,11 @@ async fn a_vm_gets_ready_is_adopted_and_ends() {
     // A session that began outside of our PID namespace has the number 0, at which rustix panics.
     let qemu = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("fits"));
     let session = nix::unistd::getsid(Some(qemu)).expect("runs");
-    assert_ne!(session, nix::unistd::getsid(None).expect("runs"), "QEMU is in our session");
+    assert_ne!(
+        session,
+        nix::unistd::getsid(None).expect("runs"),
+        "QEMU is in our session"
+    );
     assert_eq!(vm.state().await.expect("answers"), VmState::Running);
     let stats = vm.block_stats().await.expect("answers");
     assert!(
