@@ -16,17 +16,24 @@ use crate::workspace;
 const PACKAGES: &[&str] = &[
     "cryptsetup-bin",
     "e2fsprogs",
+    "dmsetup",
     "fio",
     "iproute2",
     "kmod",
+    "libclang-dev",
+    "libdevmapper-dev",
     "libiscsi-bin",
     "open-iscsi",
+    "pkg-config",
     "qemu-block-extra",
     "qemu-system-x86",
     "qemu-utils",
     "tgt",
     "user-mode-linux",
 ];
+
+/// Everything is built once, with the kernel plane in it; that the default features compile is checked beside it.
+const FEATURES: [&str; 2] = ["--features", "kernel-plane"];
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
@@ -62,11 +69,26 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
         workspace::run(
             workspace::cargo()?
                 .args(["clippy", "--workspace", "--all-targets", "--locked", "--quiet"])
+                .args(FEATURES)
                 .args(["--", "-D", "warnings"]),
         )?;
+        say("cargo check of the default features");
+        workspace::run(workspace::cargo()?.args([
+            "check",
+            "-p",
+            "treeboot-agent",
+            "-p",
+            "treeboot-dm",
+            "--locked",
+            "--quiet",
+        ]))?;
     }
     say("cargo build");
-    workspace::run(workspace::cargo()?.args(["build", "--workspace", "--all-targets", "--locked"]))?;
+    workspace::run(
+        workspace::cargo()?
+            .args(["build", "--workspace", "--all-targets", "--locked"])
+            .args(FEATURES),
+    )?;
     say("cargo test");
     let mut test = workspace::cargo()?;
     // All that fails, not the first alone. `--all-targets` leaves out only doctests: examples live in `examples/`.
@@ -77,6 +99,7 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
         "--locked",
         "--no-fail-fast",
     ])
+    .args(FEATURES)
     .args(&args.cargo_args)
     .env(demo::BIN_DIR, workspace::target_dir()?.join("debug"))
     .env("TREEBOOT_GUEST_BUSYBOX", busybox);
