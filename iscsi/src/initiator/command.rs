@@ -129,7 +129,16 @@ fn capacity(last_lba: u64, block_bytes: u32, exponent: u32, thin: bool) -> Optio
 pub(super) fn parse_inquiry(data: &[u8]) -> Option<Identity> {
     let text = |from: usize, to: usize| {
         let field = data.get(from..to)?;
-        Some(String::from_utf8_lossy(field).trim_end().to_owned())
+        // Printable ASCII (SPC-4 §6.6.2), and nothing that a terminal would obey.
+        let shown = |&byte: &u8| {
+            if byte == b' ' || byte.is_ascii_graphic() {
+                char::from(byte)
+            } else {
+                '?'
+            }
+        };
+        let text: String = field.iter().map(shown).collect();
+        Some(text.trim_end().to_owned())
     };
     Some(Identity {
         device_type: data.first()? & 0x1f,

@@ -368,7 +368,7 @@ fn targets_in(text: &[u8], portal: &str) -> Result<Vec<(Iqn, Vec<String>)>, Prot
                 }
                 Err(_) => known = false,
             },
-            "TargetAddress" if known => {
+            "TargetAddress" if known && login::is_address(value) => {
                 let (address, _group) = value.split_once(',').unwrap_or((value, ""));
                 if let Some((_, portals)) = targets.last_mut() {
                     portals.push(address.to_owned());
@@ -419,7 +419,7 @@ mod tests {
     #[test]
     fn a_list_of_targets_keeps_each_with_its_portals() {
         let text = b"TargetName=iqn.2026-11.org.example:a\0TargetAddress=10.0.0.1:3260,1\0TargetAddress=[::1]:3260,1\0\
-            TargetName=not a name\0TargetAddress=10.9.9.9:1,1\0TargetName=iqn.2026-11.org.example:b\0";
+            TargetName=not a name\0TargetAddress=10.9.9.9:1,1\0TargetName=iqn.2026-11.org.example:b\0TargetAddress=\x1b[2Jevil:1,1\0";
         let targets = targets_in(text, "here:3260").unwrap();
         let name = |n: &str| Iqn::new(&format!("iqn.2026-11.org.example:{n}")).unwrap();
         assert_eq!(

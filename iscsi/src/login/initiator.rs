@@ -4,7 +4,7 @@ use treeboot_types::Iqn;
 
 use super::chap::{self, Challenge, Chap, ChapError, Prover};
 use super::negotiation::{Negotiation, NegotiationError, Role, Terms};
-use super::text::{TextError, append_key, parse_keys};
+use super::text::{PeerText, TextError, append_key, is_address, parse_keys};
 use super::{Established, MAX_LOGIN_REQUESTS, MAX_REQUEST_TEXT_BYTES, Security, stage, status};
 use crate::pdu::{LoginRequest, LoginResponse};
 
@@ -33,7 +33,7 @@ pub enum LoginError {
         detail: u8,
     },
     /// The target is elsewhere.
-    #[error("the target has moved to {address}")]
+    #[error("the target has moved to {}", PeerText::new(address))]
     Moved {
         /// For good.
         permanently: bool,
@@ -50,7 +50,7 @@ pub enum LoginError {
     TooLong,
     /// The target insists on another method.
     #[error("the target wants authentication by '{0}', which is not what was offered")]
-    Authentication(String),
+    Authentication(PeerText),
     /// The target did not prove itself, or breaks the order of CHAP.
     #[error("the authentication failed on the target's side")]
     Chap(#[from] ChapError),
@@ -235,7 +235,10 @@ impl InitiatorLogin {
         let (class, detail) = (response.status_class, response.status_detail);
         let address = parse_keys(&self.text)
             .ok()
-            .and_then(|keys| keys.into_iter().find(|(key, _)| *key == "TargetAddress"))
+            .and_then(|keys| {
+                keys.into_iter()
+                    .find(|(key, value)| *key == "TargetAddress" && is_address(value))
+            })
             .map(|(_, address)| address.to_owned());
         match address {
             Some(address) if class == 1 => LoginError::Moved {
@@ -268,7 +271,7 @@ impl InitiatorLogin {
                 match (value, &mut self.chap) {
                     ("None", None) => {}
                     ("CHAP", Some(chap)) => chap.agreed(&mut self.answers)?,
-                    _ => return Err(LoginError::Authentication(value.to_owned())),
+                    _ => return Err(LoginError::Authentication(value.into())),
                 }
             } else if let Some(answer) = negotiation.take(key, value)? {
                 append_key(&mut self.answers, key, &answer);

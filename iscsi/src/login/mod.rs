@@ -20,7 +20,7 @@ pub use chap::{
 pub use initiator::{InitiatorLogin, InitiatorOptions, LoginError, Progress};
 pub use negotiation::{DigestTerms, Negotiation, NegotiationError, Parameters, Role, Terms};
 pub use target::{Directory, Refusal, Reply, TargetLogin, Then};
-pub use text::{MAX_KEY_BYTES, MAX_VALUE_BYTES, TextError, append_key, parse_keys};
+pub use text::{MAX_KEY_BYTES, MAX_VALUE_BYTES, PeerText, TextError, append_key, is_address, parse_keys};
 
 use treeboot_types::Iqn;
 

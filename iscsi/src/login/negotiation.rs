@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use super::text::PeerText;
+
 /// Which side of the login we are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -136,7 +138,7 @@ pub enum NegotiationError {
         /// The key.
         key: String,
         /// What the peer sent.
-        value: String,
+        value: PeerText,
     },
     /// The peer refused our offer.
     #[error("the peer answered {value} to our offer of {key}")]
@@ -144,7 +146,7 @@ pub enum NegotiationError {
         /// The key.
         key: String,
         /// `Reject` or `NotUnderstood`.
-        value: String,
+        value: PeerText,
     },
     /// The key was settled before.
     #[error("the key {key} came twice")]
@@ -158,7 +160,7 @@ pub enum NegotiationError {
         /// The key.
         key: String,
         /// The peer's list.
-        offered: String,
+        offered: PeerText,
     },
 }
 
@@ -241,7 +243,7 @@ impl Negotiation {
                 "Irrelevant" => Ok(None),
                 "Reject" | "NotUnderstood" => Err(NegotiationError::Refused {
                     key: key.to_owned(),
-                    value: value.to_owned(),
+                    value: value.into(),
                 }),
                 _ => self.settle(key, value).map(|_| None),
             };
@@ -362,7 +364,7 @@ fn is_of_normal_sessions(key: &str) -> bool {
 fn wrong(key: &str, value: &str) -> NegotiationError {
     NegotiationError::Value {
         key: key.to_owned(),
-        value: value.to_owned(),
+        value: value.into(),
     }
 }
 
@@ -394,7 +396,7 @@ fn choose(key: &str, value: &str, terms: DigestTerms) -> Result<(bool, &'static 
         Some(on) => Ok((on, if on { "CRC32C" } else { "None" })),
         None => Err(NegotiationError::NoChoice {
             key: key.to_owned(),
-            offered: value.to_owned(),
+            offered: value.into(),
         }),
     }
 }

@@ -4,7 +4,7 @@ use treeboot_types::Iqn;
 
 use super::chap::{self, Challenge, ChapError, Verifier};
 use super::negotiation::{Negotiation, NegotiationError, Role, Terms};
-use super::text::{TextError, append_key, parse_keys};
+use super::text::{PeerText, TextError, append_key, parse_keys};
 use super::{
     Established, MAX_LOGIN_REQUESTS, MAX_REQUEST_TEXT_BYTES, PORTAL_GROUP_TAG, Security, stage, status,
 };
@@ -65,11 +65,11 @@ pub enum Refusal {
         /// The key.
         key: &'static str,
         /// What it held.
-        value: String,
+        value: PeerText,
     },
     /// It insists on a proof, and there is nothing here to check it by.
     #[error("the initiator offers only '{0}' for authentication, and the target holds no secret for it")]
-    Authentication(String),
+    Authentication(PeerText),
     /// The initiator did not prove who it is.
     #[error("'{initiator}' did not authenticate")]
     Chap {
@@ -359,7 +359,7 @@ impl TargetLogin {
             let value = find(key).ok_or(Refusal::Missing(key))?;
             Iqn::new(value).map_err(|_| Refusal::Value {
                 key,
-                value: value.to_owned(),
+                value: value.into(),
             })
         };
         let initiator = name("InitiatorName")?;
@@ -369,7 +369,7 @@ impl TargetLogin {
             Some(other) => {
                 return Err(Refusal::Value {
                     key: "SessionType",
-                    value: other.to_owned(),
+                    value: other.into(),
                 });
             }
         };
@@ -428,7 +428,7 @@ impl TargetLogin {
                     "CHAP"
                 }
                 Security::Chap(_) => return Err(peer.failed(ChapError::Required)),
-                Security::None => return Err(Refusal::Authentication(methods.to_owned())),
+                Security::None => return Err(Refusal::Authentication(methods.into())),
             };
             append_key(text, "AuthMethod", agreed);
             // Its steps come after the agreement.
