@@ -105,11 +105,14 @@ fn disk(disk: &DiskSource) -> Value {
         DiskSource::Raw { path } => {
             json!({ "driver": "file", "filename": path.to_string_lossy(), "aio": "threads" })
         }
+        DiskSource::Device { path } => {
+            json!({ "driver": "host_device", "filename": path.to_string_lossy(), "aio": "threads" })
+        }
     };
     node["node-name"] = DISK_NODE.into();
     node["discard"] = "unmap".into();
     // A raw file stays behind the page cache, so that it also lies on file systems without direct I/O.
-    let direct = matches!(disk, DiskSource::Iscsi { .. });
+    let direct = !matches!(disk, DiskSource::Raw { .. });
     node["cache"] = json!({ "direct": direct, "no-flush": false });
     node
 }

@@ -55,6 +55,11 @@ pub enum DiskSource {
         /// Its path.
         path: PathBuf,
     },
+    /// A block device of the host, which the guest writes to.
+    Device {
+        /// Its path.
+        path: PathBuf,
+    },
 }
 
 /// How to see from outside that a guest is up.
@@ -174,7 +179,7 @@ impl VmSpec {
             });
         }
         let disk = match &self.disk {
-            DiskSource::Raw { path } => Some(path),
+            DiskSource::Raw { path } | DiskSource::Device { path } => Some(path),
             DiskSource::Iscsi { .. } => None,
         };
         for path in disk.into_iter().chain([&self.run_dir]) {

@@ -27,7 +27,10 @@ pub(crate) struct VmJson {
     pub(crate) acceleration: Option<String>,
     pub(crate) console_path: Option<String>,
     pub(crate) qmp_path: Option<String>,
+    /// The disk's LUN; empty where it is a device of the host.
     pub(crate) url: String,
+    /// The disk's block device on its host, on the kernel plane.
+    pub(crate) device: Option<String>,
     /// Size of the disk.
     pub(crate) bytes: u64,
     pub(crate) delta_bytes: u64,
@@ -40,6 +43,11 @@ pub(crate) struct VmJson {
 }
 
 impl VmJson {
+    /// What a front end opens: a URL, or a path on the host.
+    pub(crate) fn place(&self) -> &str {
+        self.device.as_deref().unwrap_or(&self.url)
+    }
+
     /// A row of what an agent says of a VM and of its disk; one of them may be missing.
     pub(crate) fn of(host: &str, vm: Option<v1::Vm>, disk: Option<v1::Disk>) -> Self {
         let text = |text: String| (!text.is_empty()).then_some(text);
@@ -65,6 +73,7 @@ impl VmJson {
             console_path: text(vm.console_path),
             qmp_path: text(vm.qmp_path),
             url: disk.url,
+            device: text(disk.device),
             bytes: disk.bytes,
             delta_bytes: disk.delta_bytes,
             sessions: disk.sessions,

@@ -151,13 +151,13 @@ async fn create(
         return output::print_json(&row);
     }
     output::print_text(&format!(
-        "created '{name}' on host '{}', a disk of {} over {}\n  {}\n  start it with 'treeboot vm start {name}', or attach that URL: \
+        "created '{name}' on host '{}', a disk of {} over {}\n  {}\n  start it with 'treeboot vm start {name}', or attach it yourself: \
          qemu-system-x86_64 -drive file={},format=raw,if=virtio\n",
         agent.host,
         output::bytes(row.bytes),
         row.image,
-        row.url,
-        row.url,
+        row.place(),
+        row.place(),
     ))
 }
 

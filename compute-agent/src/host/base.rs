@@ -444,6 +444,10 @@ impl BaseOwner {
             Settled::Unreadable(why) => {
                 let pause = self.next_pause(&image);
                 tracing::debug!(%image, reason = %why, "the base cannot be read yet");
+                // Nor may it be open: a plane whose base needs its parents cannot open it while they are away.
+                if let Err(error) = self.reach("the attachment").await {
+                    tracing::debug!(%image, error = %super::chain(&error), "nor can it be opened yet");
+                }
                 self.settle(&image, pause);
                 why
             }

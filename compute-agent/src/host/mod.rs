@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use treeboot_hypervisor::{Hypervisor, ProbeError};
 use treeboot_types::{
-    Attachment, Digest, HostInfo, HostName, Image, ImageId, ImageRef, Iqn, IscsiUrl, Labels, Portal, VmName,
+    Attachment, Digest, HostInfo, HostName, Image, ImageId, ImageRef, Labels, Portal, VmName,
 };
 
 use crate::apply::{Applier, ReachError};
@@ -116,12 +116,6 @@ impl Shared {
         HostError::Stopping {
             host: self.host().to_string(),
         }
-    }
-
-    pub(crate) fn disk_url(&self, vm: &VmName) -> Result<IscsiUrl, HostError> {
-        let url = format!("iscsi://{}/{}/0", self.portal, Iqn::of_disk(vm));
-        url.parse()
-            .map_err(|error: treeboot_types::IscsiUrlError| HostError::Invalid(error.to_string()))
     }
 
     /// The hypervisor, tried out at the first call.
@@ -489,14 +483,6 @@ impl Host {
         let desired = self.desired();
         let reports = desired.vms.keys().map(|vm| self.report(vm));
         futures_util::future::join_all(reports).await
-    }
-
-    /// Where a VM's disk is served.
-    ///
-    /// # Errors
-    /// The portal cannot stand in a URL.
-    pub fn disk_url(&self, vm: &VmName) -> Result<IscsiUrl, HostError> {
-        self.shared.disk_url(vm)
     }
 
     /// The plane.

@@ -16,7 +16,7 @@ use super::base::{BaseMsg, Hold, Reply};
 use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
 use super::{Host, HostError, Shared, chain, is_running, obstacle_of, reach_error};
 use crate::desired::{Change, DiskState, VmState};
-use crate::plane::Scope;
+use crate::plane::{DiskPlace, Scope};
 use crate::stack::WantedDisk;
 
 /// Messages that may wait for one VM's owner.
@@ -338,9 +338,12 @@ impl VmOwner {
         let spec = VmSpec {
             name: self.vm.clone(),
             instance: Instance(disk.instance),
-            disk: DiskSource::Iscsi {
-                url: self.shared.disk_url(&self.vm)?,
-                initiator: Iqn::of_vm(&self.vm),
+            disk: match self.shared.applier.plane.disk_place(&self.vm)? {
+                DiskPlace::Lun(url) => DiskSource::Iscsi {
+                    url,
+                    initiator: Iqn::of_vm(&self.vm),
+                },
+                DiskPlace::Device(path) => DiskSource::Device { path },
             },
             memory_mib: request.memory_mib,
             cpus: request.cpus,

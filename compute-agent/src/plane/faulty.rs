@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use treeboot_types::{Digest, VmName};
 
-use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
+use super::{
+    Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope,
+};
 use crate::stack::{Found, Step};
 
 /// How the chosen step goes wrong.
@@ -90,6 +92,10 @@ impl Plane for FaultyPlane {
 
     fn access_map(&self, digest: &Digest) -> Vec<(u32, u32)> {
         self.inner.access_map(digest)
+    }
+
+    fn disk_place(&self, vm: &VmName) -> Result<DiskPlace, PlaneError> {
+        self.inner.disk_place(vm)
     }
 
     fn take_faults(&self) -> Vec<ParentFault> {

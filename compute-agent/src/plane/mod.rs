@@ -9,9 +9,10 @@ pub mod user;
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 
-use treeboot_types::{Digest, HostName, ImageId, VmName};
+use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, IscsiUrl, VmName};
 
 use crate::stack::{Found, Step, Violation};
 
@@ -58,6 +59,15 @@ pub enum Scope {
     Base(Digest),
     /// One VM: its delta and disk.
     Disk(VmName),
+}
+
+/// Where a VM's front end finds its disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskPlace {
+    /// A LUN at the plane's portal.
+    Lun(IscsiUrl),
+    /// A block device of this host.
+    Device(PathBuf),
 }
 
 /// Why a plane could not do what it was asked.
@@ -252,6 +262,21 @@ pub trait Plane: Send + Sync + 'static {
 
     /// Runs of 4 KiB blocks (first, count) that VMs here read of a base, in the order of their first reading.
     fn access_map(&self, digest: &Digest) -> Vec<(u32, u32)>;
+
+    /// Where the disk of a VM is found, whether it is served at the moment or not.
+    ///
+    /// # Errors
+    /// The portal cannot stand in a URL.
+    fn disk_place(&self, vm: &VmName) -> Result<DiskPlace, PlaneError> {
+        let url = format!("iscsi://{}/{}/{DATA_LUN}", self.portal(), Iqn::of_disk(vm));
+        match url.parse() {
+            Ok(url) => Ok(DiskPlace::Lun(url)),
+            Err(source) => Err(PlaneError::Failed {
+                what: format!("naming the disk of VM '{vm}'"),
+                source: Box::<treeboot_types::IscsiUrlError>::new(source),
+            }),
+        }
+    }
 
     /// What parents did wrong since the last call.
     fn take_faults(&self) -> Vec<ParentFault>;

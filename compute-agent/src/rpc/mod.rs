@@ -13,7 +13,7 @@ use treeboot_types::{ImageRef, VmName};
 
 use crate::host::{Host, HostError, chain};
 use crate::link::LinkError;
-use crate::plane::PlaneError;
+use crate::plane::{DiskPlace, PlaneError};
 use crate::store::StoreError;
 
 /// The service over one host.
@@ -34,11 +34,16 @@ impl Service {
             host: self.host.info().name.to_string(),
         })?;
         let stats = self.host.plane().disk_stats(vm).unwrap_or_default();
+        let (url, device) = match self.host.plane().disk_place(vm)? {
+            DiskPlace::Lun(url) => (url.to_string(), String::new()),
+            DiskPlace::Device(path) => (String::new(), path.display().to_string()),
+        };
         Ok(v1::Disk {
             vm: vm.to_string(),
             image: Some((&state.image).into()),
             bytes: state.disk.bytes,
-            url: self.host.disk_url(vm)?.to_string(),
+            url,
+            device,
             delta_bytes: stats.delta_bytes,
             read_bytes: stats.read_bytes,
             written_bytes: stats.written_bytes,
