@@ -1,15 +1,37 @@
-//! device-mapper for treeboot: one grammar of names and typed tables.
+//! device-mapper for treeboot: one grammar of names, typed tables and status, the ioctls, loop devices.
 //!
 //! A table is built as values, printed once for the kernel and parsed back from what the kernel reports, so that
 //! wanted and found can be compared. Deliberately absent: running `dmsetup`, and anything that knows images or
 //! iSCSI beyond their names.
-
-#![forbid(unsafe_code)]
+//!
+//! | module | holds | needs `kernel-plane` |
+//! | --- | --- | --- |
+//! | [`name`] | the grammar of names: [`DmDevice`] | no |
+//! | [`table`] | tables: [`Table`], [`Line`], [`Target`] | no |
+//! | [`status`] | what targets report of themselves: [`Status`] | no |
+//! | `ioctl` | `Mapper`: make, change, remove and ask for devices | yes |
+//! | `loops` | files as block devices | yes |
+//!
+//! Everything that talks to the kernel blocks and has no time limit of its own: call it in `spawn_blocking`, with a limit
+//! around it. A call that hangs has a device below that hangs; it ends when that does.
 
 pub mod name;
+pub mod status;
 pub mod table;
 mod unit;
 
+#[cfg(feature = "kernel-plane")]
+pub mod ioctl;
+#[cfg(feature = "kernel-plane")]
+pub mod loops;
+#[cfg(feature = "kernel-plane")]
+mod missing;
+
+#[cfg(feature = "kernel-plane")]
+pub use ioctl::{Mapper, MapperError, Mode, Outcome, Seen};
+#[cfg(feature = "kernel-plane")]
+pub use missing::Missing;
 pub use name::DmDevice;
+pub use status::{Status, StatusLine};
 pub use table::{Line, Table, TableError, Target};
 pub use unit::{DeviceNumber, Sectors};

@@ -1,14 +1,15 @@
 //! The one grammar of names of device-mapper devices.
 //!
 //! `treeboot:KIND:…`, the parts separated by `:`, which no treeboot name may hold, so that a name parses back to
-//! exactly what it names and `web-1` is never taken for `web-10`. device-mapper allows 127 bytes; the longest
-//! of ours has 95. Each device's UUID is [`UUID_PREFIX`] and its name: a device with our name and another UUID is
-//! somebody else's and is left alone.
+//! exactly what it names and `web-1` is never taken for `web-10`. What belongs to an image is named after its content
+//! (all 64 digits of its digest), because one content may be exported under several names. device-mapper allows 127
+//! bytes; the longest of ours has 85. Each device's UUID is [`UUID_PREFIX`] and its name: a device with our name and
+//! another UUID is somebody else's and is left alone.
 
 use std::fmt;
 use std::str::FromStr;
 
-use treeboot_types::{ImageId, StripeIndex, VmName};
+use treeboot_types::{Digest, StripeIndex, VmName};
 
 /// What the UUID of every device of ours begins with.
 pub const UUID_PREFIX: &str = "TREEBOOT-";
@@ -18,24 +19,25 @@ const NAME_PREFIX: &str = "treeboot";
 /// A device of ours, by what it is for; bottom of the stack first.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DmDevice {
-    /// The paths to the parents of one stripe of an image.
-    Multipath(ImageId, StripeIndex),
-    /// The same for the image's hash tree.
-    HashMultipath(ImageId, StripeIndex),
-    /// Routes stripe units to the stripes' multipath devices.
-    Switch(ImageId),
-    /// Checks every block that comes from a parent.
-    Verity(ImageId),
-    /// All images of a cache group, one behind another.
+    /// The paths to the parents of one stripe of a content. Read-only.
+    Multipath(Digest, StripeIndex),
+    /// Routes stripe units to the stripes' multipath devices. Read-only; only where there are several stripes.
+    Switch(Digest),
+    /// Checks every block that comes from a parent. Read-only.
+    Verity(Digest),
+    /// Cache group of kind dm-cache: every content at its range of one address space, the rest of it errors. Passes
+    /// reads on and drops writes, because the filler writes through the cache what it has read.
     Origins,
-    /// All cache devices of a cache group, one behind another.
+    /// All cache devices of a cache group, one behind another; the cache device of either kind.
     CacheData,
-    /// The metadata of the cache group.
+    /// The metadata of a cache group of kind dm-cache.
     CacheMetadata,
-    /// The cache over [`Self::Origins`].
+    /// Kind dm-cache: the cache over [`Self::Origins`].
     CacheGroup,
-    /// An image's read-only base: its part of the cache group.
-    Base(ImageId),
+    /// Kind bcache: a content behind 16 local sectors that hold its superblock; what bcache registers.
+    Backing(Digest),
+    /// A content's base: its part of the cache group, or, where the cache has failed, its [`Self::Verity`]. Read-only.
+    Base(Digest),
     /// A VM's disk: base and delta.
     Disk(VmName),
 }
@@ -67,26 +69,18 @@ impl DmDevice {
 
 impl fmt::Display for DmDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let of_image = |f: &mut fmt::Formatter<'_>, kind: &str, image: &ImageId| {
-            write!(f, "{NAME_PREFIX}:{kind}:{}:{}", image.name, image.version)
-        };
+        f.write_str(NAME_PREFIX)?;
         match self {
-            Self::Multipath(image, stripe) => {
-                of_image(f, "mpath", image)?;
-                write!(f, ":{stripe}")
-            }
-            Self::HashMultipath(image, stripe) => {
-                of_image(f, "hashes", image)?;
-                write!(f, ":{stripe}")
-            }
-            Self::Switch(image) => of_image(f, "switch", image),
-            Self::Verity(image) => of_image(f, "verity", image),
-            Self::Base(image) => of_image(f, "base", image),
-            Self::Origins => write!(f, "{NAME_PREFIX}:origins"),
-            Self::CacheData => write!(f, "{NAME_PREFIX}:cachedata"),
-            Self::CacheMetadata => write!(f, "{NAME_PREFIX}:cachemeta"),
-            Self::CacheGroup => write!(f, "{NAME_PREFIX}:cache"),
-            Self::Disk(vm) => write!(f, "{NAME_PREFIX}:disk:{vm}"),
+            Self::Multipath(content, stripe) => write!(f, ":mpath:{content}:{stripe}"),
+            Self::Switch(content) => write!(f, ":switch:{content}"),
+            Self::Verity(content) => write!(f, ":verity:{content}"),
+            Self::Origins => f.write_str(":origins"),
+            Self::CacheData => f.write_str(":cachedata"),
+            Self::CacheMetadata => f.write_str(":cachemeta"),
+            Self::CacheGroup => f.write_str(":cache"),
+            Self::Backing(content) => write!(f, ":backing:{content}"),
+            Self::Base(content) => write!(f, ":base:{content}"),
+            Self::Disk(vm) => write!(f, ":disk:{vm}"),
         }
     }
 }
@@ -95,27 +89,25 @@ impl FromStr for DmDevice {
     type Err = NotOurs;
     fn from_str(text: &str) -> Result<Self, NotOurs> {
         let not_ours = || NotOurs(text.into());
-        let image = |name: &str, version: &str| format!("{name}@{version}").parse().map_err(|_| not_ours());
-        let stripe = |stripe: &str| stripe.parse().map(StripeIndex).map_err(|_| not_ours());
+        let content = |digest: &str| digest.parse::<Digest>().map_err(|_| not_ours());
         let parts: Vec<&str> = text.split(':').collect();
         let device = match parts.as_slice() {
-            [NAME_PREFIX, "mpath", name, version, index] => {
-                Self::Multipath(image(name, version)?, stripe(index)?)
-            }
-            [NAME_PREFIX, "hashes", name, version, index] => {
-                Self::HashMultipath(image(name, version)?, stripe(index)?)
-            }
-            [NAME_PREFIX, "switch", name, version] => Self::Switch(image(name, version)?),
-            [NAME_PREFIX, "verity", name, version] => Self::Verity(image(name, version)?),
-            [NAME_PREFIX, "base", name, version] => Self::Base(image(name, version)?),
+            [NAME_PREFIX, "mpath", digest, stripe] => Self::Multipath(
+                content(digest)?,
+                stripe.parse().map(StripeIndex).map_err(|_| not_ours())?,
+            ),
+            [NAME_PREFIX, "switch", digest] => Self::Switch(content(digest)?),
+            [NAME_PREFIX, "verity", digest] => Self::Verity(content(digest)?),
             [NAME_PREFIX, "origins"] => Self::Origins,
             [NAME_PREFIX, "cachedata"] => Self::CacheData,
             [NAME_PREFIX, "cachemeta"] => Self::CacheMetadata,
             [NAME_PREFIX, "cache"] => Self::CacheGroup,
+            [NAME_PREFIX, "backing", digest] => Self::Backing(content(digest)?),
+            [NAME_PREFIX, "base", digest] => Self::Base(content(digest)?),
             [NAME_PREFIX, "disk", vm] => Self::Disk(VmName::new(vm).map_err(|_| not_ours())?),
             _ => return Err(not_ours()),
         };
-        // A number can be written in several ways; only ours is ours.
+        // A number and a digest can be written in several ways; only ours is ours.
         if device.to_string() == text {
             Ok(device)
         } else {
@@ -128,26 +120,19 @@ impl FromStr for DmDevice {
 mod tests {
     use super::*;
 
-    fn image(text: &str) -> ImageId {
-        text.parse().unwrap()
-    }
-
     #[test]
     fn every_name_parses_back_to_what_it_names() {
-        let long = ImageId {
-            name: "a".repeat(63).parse().unwrap(),
-            version: u32::MAX,
-        };
+        let content = Digest([0xa5; 32]);
         for device in [
-            DmDevice::Multipath(image("debian-12.5@3"), StripeIndex(1)),
-            DmDevice::HashMultipath(long.clone(), StripeIndex(u16::MAX)),
-            DmDevice::Switch(image("a@1")),
-            DmDevice::Verity(image("a@1")),
+            DmDevice::Multipath(content, StripeIndex(u16::MAX)),
+            DmDevice::Switch(content),
+            DmDevice::Verity(content),
             DmDevice::Origins,
             DmDevice::CacheData,
             DmDevice::CacheMetadata,
             DmDevice::CacheGroup,
-            DmDevice::Base(long),
+            DmDevice::Backing(content),
+            DmDevice::Base(content),
             DmDevice::Disk("web-1".parse().unwrap()),
         ] {
             let name = device.to_string();
@@ -159,20 +144,23 @@ mod tests {
 
     #[test]
     fn what_only_looks_like_ours_is_left_alone() {
+        let digest = "a5".repeat(32);
         for name in [
             "",
             "treeboot",
             "treeboot:",
-            "treeboot:base:a",
-            "treeboot:base:a:01",
-            "treeboot:base:a:0",
-            "treeboot:base:A:1",
+            "treeboot:base:a5",
             "treeboot:disk:web_1",
             "treeboot:disk:web-1:0",
             "treeboot-disk-web",
-            "treeboot:mpath:a:1:+1",
             "vg-treeboot:disk:web",
             "treeboot:origins:x",
+            &format!("treeboot:base:{}", digest.to_uppercase()),
+            &format!("treeboot:base:{digest}0"),
+            &format!("treeboot:base:{digest}:0"),
+            &format!("treeboot:mpath:{digest}"),
+            &format!("treeboot:mpath:{digest}:+1"),
+            &format!("treeboot:mpath:{digest}:01"),
         ] {
             assert!(name.parse::<DmDevice>().is_err(), "{name}");
         }

@@ -13,6 +13,11 @@ impl Sectors {
         bytes.is_multiple_of(512).then_some(Self(bytes / 512))
     }
 
+    /// The bytes in them; the largest number where that overflows.
+    pub fn bytes(self) -> u64 {
+        self.0.saturating_mul(512)
+    }
+
     /// The sum, where it does not overflow.
     pub fn checked_add(self, other: Self) -> Option<Self> {
         self.0.checked_add(other.0).map(Self)

@@ -46,6 +46,14 @@ pub enum Target {
     Error,
     /// Reads give zeroes, writes vanish (`zero.rst`).
     Zero,
+    /// A run of another device, of which writes are said to be done and are not (`dm-flakey.rst`, `drop_writes`,
+    /// always down). The filler of a cache group needs it below the cache.
+    DropWrites {
+        /// The other device.
+        device: DeviceNumber,
+        /// Where the run begins there.
+        offset: Sectors,
+    },
     /// Several paths to one disk.
     Multipath(Multipath),
     /// A small fast device before a large slow one (`cache.rst`).
@@ -87,6 +95,9 @@ pub enum Persistence {
     /// Gone with the device (`N`).
     Transient,
 }
+
+/// With an up interval of 0, dm-flakey is in its down interval at any time, whatever its length; the longest says so.
+const ALWAYS_DOWN: u32 = u32::MAX;
 
 /// Why a text is not a table, or lines do not make one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -180,6 +191,24 @@ impl Table {
         &self.0
     }
 
+    /// Whether the other table maps the same. Of a multipath device the group to begin with is left out, because the
+    /// kernel reports the group in use there.
+    pub fn same_mapping(&self, other: &Self) -> bool {
+        let begins_anywhere = |line: &Line| {
+            let mut line = line.clone();
+            if let Target::Multipath(multipath) = &mut line.target {
+                multipath.first_group = 0;
+            }
+            line
+        };
+        self.0.len() == other.0.len()
+            && self
+                .0
+                .iter()
+                .zip(&other.0)
+                .all(|(a, b)| begins_anywhere(a) == begins_anywhere(b))
+    }
+
     /// Size of the device.
     pub fn length(&self) -> Sectors {
         self.0
@@ -214,6 +243,7 @@ impl Target {
             Self::Linear { .. } => "linear",
             Self::Error => "error",
             Self::Zero => "zero",
+            Self::DropWrites { .. } => "flakey",
             Self::Multipath(_) => "multipath",
             Self::Cache(_) => "cache",
             Self::Snapshot { .. } => "snapshot",
@@ -223,11 +253,41 @@ impl Target {
         }
     }
 
+    /// The kernel module that brings the target type.
+    pub fn module(&self) -> &'static str {
+        match self {
+            Self::Linear { .. } | Self::Error => "dm-mod",
+            Self::Zero => "dm-zero",
+            Self::DropWrites { .. } => "dm-flakey",
+            Self::Multipath(_) => "dm-multipath",
+            Self::Cache(_) => "dm-cache",
+            Self::Snapshot { .. } | Self::SnapshotOrigin { .. } => "dm-snapshot",
+            Self::Verity(_) => "dm-verity",
+            Self::Switch { .. } => "dm-switch",
+        }
+    }
+
+    /// The module of the target's policy or path selector, where it has one.
+    pub fn helper_module(&self) -> Option<&'static str> {
+        match self {
+            Self::Cache(_) => Some("dm-cache-smq"),
+            Self::Multipath(multipath) => multipath.groups.first().map(|group| match group.selector {
+                PathSelector::RoundRobin => "dm-round-robin",
+                PathSelector::ServiceTime => "dm-service-time",
+                PathSelector::QueueLength => "dm-queue-length",
+            }),
+            _ => None,
+        }
+    }
+
     /// The parameters as the kernel takes them.
     pub fn parameters(&self) -> String {
         match self {
             Self::Linear { device, offset } => format!("{device} {offset}"),
             Self::Error | Self::Zero => String::new(),
+            Self::DropWrites { device, offset } => {
+                format!("{device} {offset} 0 {ALWAYS_DOWN} 1 drop_writes")
+            }
             Self::Multipath(multipath) => multipath.to_string(),
             Self::Cache(cache) => cache.to_string(),
             Self::Snapshot {
@@ -281,6 +341,7 @@ impl FromStr for Line {
             },
             "error" => Target::Error,
             "zero" => Target::Zero,
+            "flakey" => parse_drop_writes(&mut tokens)?,
             "multipath" => Target::Multipath(Multipath::parse(&mut tokens)?),
             "cache" => Target::Cache(Cache::parse(&mut tokens)?),
             "snapshot" => parse_snapshot(&mut tokens)?,
@@ -298,6 +359,24 @@ impl FromStr for Line {
             target,
         })
     }
+}
+
+fn parse_drop_writes(tokens: &mut Tokens<'_>) -> Result<Target, TableError> {
+    let device = tokens.device("device")?;
+    let offset = tokens.sectors("offset")?;
+    let down = ALWAYS_DOWN.to_string();
+    for (what, expected) in [
+        ("up interval (0 is used)", "0"),
+        ("down interval (the longest is used)", down.as_str()),
+        ("number of features", "1"),
+        ("feature (drop_writes is used)", "drop_writes"),
+    ] {
+        let token = tokens.next(what)?;
+        if token != expected {
+            return Err(tokens.invalid(what, token));
+        }
+    }
+    Ok(Target::DropWrites { device, offset })
 }
 
 fn parse_snapshot(tokens: &mut Tokens<'_>) -> Result<Target, TableError> {

@@ -105,6 +105,7 @@ fn target() -> impl Strategy<Value = Target> {
         (device(), sectors()).prop_map(|(device, offset)| Target::Linear { device, offset }),
         Just(Target::Error),
         Just(Target::Zero),
+        (device(), sectors()).prop_map(|(device, offset)| Target::DropWrites { device, offset }),
         multipath(),
         cache(),
         (device(), device(), persistence, sectors()).prop_map(|(origin, delta, persistence, chunk)| {
@@ -165,6 +166,7 @@ fn lines_as_the_kernel_reports_them_print_again_byte_for_byte() {
         "0 2048 linear 7:0 384",
         "0 8 error",
         "0 8 zero",
+        "0 2048 flakey 7:0 384 0 4294967295 1 drop_writes",
         "0 131072 multipath 1 queue_if_no_path 0 2 1 round-robin 0 2 1 8:16 1 8:32 1 round-robin 0 1 1 8:48 1",
         "0 131072 multipath 0 0 1 1 service-time 0 2 2 8:16 1 1 8:32 1 2",
         "0 131072 multipath 0 0 1 1 queue-length 0 1 1 8:16 1",
@@ -190,6 +192,8 @@ fn a_broken_line_is_refused_with_the_line_and_the_word() {
     check("0 8 linear seven 0", "'seven'");
     check("0 8 linear 7:0 0 0", "goes on after its end");
     check("0 8 thin-pool 7:0", "'thin-pool'");
+    check("0 8 flakey 7:0 0 1 2 1 drop_writes", "'1'");
+    check("0 8 flakey 7:0 0 0 4294967295 1 error_writes", "'error_writes'");
     check("0 8 multipath 1 pg_init_retries 0 0 0", "'pg_init_retries'");
     check("0 8 multipath 0 0 99999999 1", "'99999999'");
     check(
@@ -216,4 +220,16 @@ fn a_gap_an_overlap_and_an_empty_line_are_refused() {
         "0 8 zero\n8 8 error".parse::<Table>().unwrap().length(),
         Sectors(16)
     );
+}
+
+#[test]
+fn the_group_in_use_makes_no_difference_to_a_multipath_table() {
+    let parse = |text: &str| text.parse::<Table>().unwrap();
+    let groups = "round-robin 0 1 1 8:16 1 round-robin 0 1 1 8:48 1";
+    let wanted = parse(&format!("0 64 multipath 0 0 2 1 {groups}"));
+    assert!(wanted.same_mapping(&parse(&format!("0 64 multipath 0 0 2 2 {groups}"))));
+    assert!(!wanted.same_mapping(&parse(&format!(
+        "0 64 multipath 1 queue_if_no_path 0 2 1 {groups}"
+    ))));
+    assert!(!wanted.same_mapping(&parse("0 64 zero")));
 }
