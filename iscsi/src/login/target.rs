@@ -33,7 +33,10 @@ pub trait Directory {
     fn has_session(&self, initiator: &Iqn, tsih: u16) -> bool;
 
     /// A handle for a new session, never 0 and not in use.
-    fn new_tsih(&self) -> u16;
+    ///
+    /// # Errors
+    /// There are no more sessions to be had.
+    fn new_tsih(&self) -> Result<u16, Refusal>;
 }
 
 /// Why a login fails, for the log and as the status that the initiator sees.
@@ -298,7 +301,10 @@ impl TargetLogin {
         let (Some(peer), Some(negotiation)) = (self.peer.take(), self.negotiation.take()) else {
             return Err(Refusal::Order("a login that has ended already"));
         };
-        response.tsih = directory.new_tsih();
+        match directory.new_tsih() {
+            Ok(tsih) => response.tsih = tsih,
+            Err(refusal) => return Err(refusal),
+        }
         Ok(Then::FullFeature(Box::new(Established {
             initiator: peer.initiator,
             target: peer.target,

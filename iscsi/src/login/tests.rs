@@ -22,8 +22,8 @@ impl Directory for Open {
         tsih == 7
     }
 
-    fn new_tsih(&self) -> u16 {
-        9
+    fn new_tsih(&self) -> Result<u16, Refusal> {
+        Ok(9)
     }
 }
 

@@ -6,7 +6,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+
+use super::wire::Wire;
 
 /// What an idle connection keeps for input: some dozens of commands at once.
 const INPUT_BYTES: usize = 8 * 1024;
@@ -50,7 +51,7 @@ impl Input {
     /// Reads once from the socket; 0 is the end of the stream.
     pub(super) fn poll_fill(
         &mut self,
-        socket: &mut TcpStream,
+        socket: &mut Wire,
         cx: &mut Context<'_>,
     ) -> Poll<std::io::Result<usize>> {
         self.make_room();
@@ -182,7 +183,7 @@ impl Output {
     /// Writes what the socket takes; ready with the bytes written, 0 where nothing waits.
     pub(super) fn poll_flush(
         &mut self,
-        socket: &mut TcpStream,
+        socket: &mut Wire,
         pool: &mut Pool,
         cx: &mut Context<'_>,
     ) -> Poll<std::io::Result<usize>> {

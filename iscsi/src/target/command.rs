@@ -7,15 +7,17 @@ use super::connection::{Connection, Done, End, Flush, ReadTask, Task, TaskKind, 
 use super::execute::{self, Outcome};
 use super::registry::count;
 use super::reply::residual;
-use crate::pdu::{Bhs, Pdu, ScsiCommand, reject_reason};
+use super::transfer::MAX_TASKS;
+use crate::pdu::{Bhs, Pdu, PduError, ScsiCommand, opcode, reject_reason};
 use crate::scsi::{Action, Sense, status, unit};
 use crate::session::Admission;
 
 /// A command that came too early.
-pub(super) struct Held {
-    bhs: Bhs,
-    ahs: bool,
-    data: Vec<u8>,
+pub(super) enum Held {
+    /// It will be carried out in its turn.
+    Pdu { bhs: Bhs, ahs: bool, data: Vec<u8> },
+    /// It was refused, or aborted before it came: its number is passed over.
+    Nothing,
 }
 
 /// Data of commands that came too early, in bytes. In a session of one connection none ever does, unless the
@@ -33,11 +35,7 @@ impl Connection {
     ) -> Result<(), End> {
         let pdu = match Pdu::parse(bhs) {
             Ok(pdu) => pdu,
-            Err(error) => {
-                tracing::debug!(initiator = %self.initiator, error = %error, "PDU rejected");
-                self.reject(reject_reason::INVALID_FIELD, bhs);
-                return Ok(());
-            }
+            Err(error) => return self.malformed(error, bhs, cx),
         };
         let numbered = match &pdu {
             Pdu::ScsiCommand(c) => (!c.immediate).then_some(c.cmd_sn),
@@ -52,7 +50,8 @@ impl Connection {
         };
         match self.window.admit(cmd_sn) {
             Admission::Ignore => {
-                tracing::debug!(initiator = %self.initiator, cmd_sn, expected = self.window.expected(), "command outside the window ignored");
+                let (first, last) = (self.window.expected(), self.window.max());
+                self.breach(&format_args!("CmdSN {cmd_sn} outside of {first} to {last}"));
                 Ok(())
             }
             Admission::Later => self.hold(cmd_sn, bhs, !ahs.is_empty(), data),
@@ -68,6 +67,38 @@ impl Connection {
         }
     }
 
+    /// A header that is no PDU: it goes back.
+    fn malformed(&mut self, error: PduError, bhs: &Bhs, cx: &mut Context<'_>) -> Result<(), End> {
+        self.breach(&error);
+        let reason = match error {
+            PduError::Opcode(_) => reject_reason::NOT_SUPPORTED,
+            PduError::Field { .. } => reject_reason::INVALID_FIELD,
+        };
+        // A command that is refused has come all the same: the next one must not wait for it.
+        let command = matches!(
+            error,
+            PduError::Field {
+                opcode: opcode::SCSI_COMMAND,
+                ..
+            }
+        );
+        let cmd_sn = u32::from_be_bytes([bhs[24], bhs[25], bhs[26], bhs[27]]);
+        let counted = command && bhs[0] & 0x40 == 0 && self.window.admit(cmd_sn) != Admission::Ignore;
+        if counted {
+            self.unlearn(cmd_sn);
+        }
+        self.unhold(cx)?;
+        self.reject(reason, bhs);
+        Ok(())
+    }
+
+    /// Whatever has this number, or will have it, is passed over.
+    pub(super) fn unlearn(&mut self, cmd_sn: u32) {
+        if let Some(Held::Pdu { data, .. }) = self.held.insert(cmd_sn, Held::Nothing) {
+            self.held_bytes -= data.len();
+        }
+    }
+
     fn hold(&mut self, cmd_sn: u32, bhs: &Bhs, ahs: bool, data: &[u8]) -> Result<(), End> {
         if self.held.contains_key(&cmd_sn) {
             return Ok(());
@@ -77,17 +108,22 @@ impl Connection {
             return Err(End::Protocol("a gap in CmdSN with too much data behind it"));
         }
         let data = data.to_vec();
-        self.held.insert(cmd_sn, Held { bhs: *bhs, ahs, data });
+        self.held.insert(cmd_sn, Held::Pdu { bhs: *bhs, ahs, data });
         Ok(())
     }
 
     /// Takes the commands for which a gap was waited for.
     fn unhold(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         while let Some(held) = self.held.remove(&self.window.expected()) {
-            self.held_bytes -= held.data.len();
             self.window.begin();
-            let pdu = Pdu::parse(&held.bhs)?;
-            self.execute(pdu, &held.bhs, held.ahs, &held.data, true, cx)?;
+            match held {
+                Held::Nothing => self.window.end(),
+                Held::Pdu { bhs, ahs, data } => {
+                    self.held_bytes -= data.len();
+                    let pdu = Pdu::parse(&bhs)?;
+                    self.execute(pdu, &bhs, ahs, &data, true, cx)?;
+                }
+            }
         }
         Ok(())
     }
@@ -106,6 +142,7 @@ impl Connection {
         {
             // A discovery session has nothing else (RFC 7143 §4.3).
             self.over(counted);
+            self.breach(&"a command in a discovery session");
             self.reject(reject_reason::PROTOCOL_ERROR, bhs);
             return Ok(());
         }
@@ -113,10 +150,18 @@ impl Connection {
             Pdu::ScsiCommand(command) => self.scsi(&command, bhs, ahs, data, counted, cx),
             Pdu::DataOut(out) => return self.data_out(&out, data, cx),
             Pdu::NopOut(nop) => self.nop(&nop, data, counted),
-            Pdu::TaskManagementRequest(request) => self.manage(&request, counted),
+            Pdu::TaskManagementRequest(request) => {
+                self.manage(&request, counted);
+                if !counted && !self.held.is_empty() {
+                    return self.unhold(cx);
+                }
+            }
             Pdu::TextRequest(request) => self.text(&request, bhs, data, counted),
             Pdu::LogoutRequest(request) => self.logout(&request, counted),
-            Pdu::Snack(_) => self.reject(reject_reason::SNACK, bhs),
+            Pdu::Snack(_) => {
+                self.breach(&"SNACK, while ErrorRecoveryLevel is 0");
+                self.reject(reject_reason::SNACK, bhs);
+            }
             Pdu::LoginRequest(_) => return Err(End::Protocol("a login request after the login")),
             _ => return Err(End::Protocol("a PDU that only targets send")),
         }
@@ -136,6 +181,7 @@ impl Connection {
         count(&self.handle.counters.commands, 1);
         if self.tasks.contains_key(&command.itt) {
             self.over(counted);
+            self.breach(&format_args!("the tag {:#x} of a task in progress", command.itt));
             return self.reject(reject_reason::TASK_IN_PROGRESS, bhs);
         }
         let number = command.lun.number();
@@ -159,6 +205,10 @@ impl Connection {
             return self.gather(command, place, action, data, counted, cx);
         }
         let itt = command.itt;
+        if self.tasks.len() >= MAX_TASKS {
+            self.over(counted);
+            return self.respond(itt, status::TASK_SET_FULL, None, residual(expected, 0), 0);
+        }
         match action {
             Action::Read { offset, bytes } => {
                 let total = if command.read {
@@ -259,6 +309,10 @@ impl Connection {
         };
         let serial = self.new_serial();
         let lun = unit.logical.number();
+        let reading = match action {
+            Action::Read { bytes, .. } => bytes as usize,
+            _ => 0,
+        };
         let (kind, work): (_, std::pin::Pin<Box<dyn Future<Output = Outcome> + Send>>) = match action {
             Action::Flush if self.changing.values().any(|&busy| busy == lun) => {
                 // A flush is durable for the writes before it, so it waits for them.
@@ -292,12 +346,14 @@ impl Connection {
             ),
             _ => return,
         };
+        self.reading_bytes += reading;
         let work = Box::pin(async move {
             Done::Task {
                 itt,
                 serial,
                 counted,
                 outcome: work.await,
+                reading,
                 expected,
                 called_for: 0,
                 solicitations: 0,
@@ -348,6 +404,7 @@ impl Connection {
                         serial,
                         counted,
                         outcome: execute::flush(unit).await,
+                        reading: 0,
                         expected,
                         called_for: 0,
                         solicitations: 0,

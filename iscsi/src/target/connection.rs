@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 use treeboot_types::Iqn;
 
@@ -17,6 +16,7 @@ use super::command::Held;
 use super::execute::Outcome;
 use super::login::Ready;
 use super::registry::{Counters, Order, SessionHandle, Shared, Target, Unit, count};
+use super::wire::Wire;
 use crate::login::{Established, Parameters};
 use crate::pdu::{FrameError, Framing, NO_TAG, NopIn, Pdu, PduError, Reject, Split, reject_reason};
 use crate::scsi::{Nexus, Sense};
@@ -126,6 +126,8 @@ pub(super) enum Done {
         /// Its CmdSN counts.
         counted: bool,
         outcome: Outcome,
+        /// Bytes that count as being read.
+        reading: usize,
         /// For the residual.
         expected: u32,
         called_for: u64,
@@ -171,7 +173,7 @@ pub(super) struct Connection {
     pub(super) sending: Framing,
     receiving: Framing,
     pub(super) piece_bytes: usize,
-    socket: TcpStream,
+    socket: Wire,
     input: Input,
     pub(super) output: Output,
     pub(super) pool: Pool,
@@ -198,6 +200,12 @@ pub(super) struct Connection {
     pub(super) text_rest: Option<(u32, Vec<u8>)>,
     /// Text of a request that goes on.
     pub(super) text_request: Vec<u8>,
+    /// How many requests it has come in so far.
+    pub(super) text_parts: u32,
+    /// Data may still come for commands that were answered before all of theirs had come, or aborted.
+    pub(super) late_data: bool,
+    /// What the initiator did against the protocol and was not thrown out for.
+    breaches: u64,
     pub(super) end: Option<End>,
     timer: Pin<Box<Sleep>>,
     heard: bool,
@@ -225,10 +233,11 @@ impl Connection {
         }
         let mut connection = Box::new(Self::new(ready, target, handle, shared.clone()));
         let end = std::future::poll_fn(|cx| connection.poll(cx)).await;
+        let breaches = connection.breaches;
         connection.finish().await;
         match &end {
             End::Eof | End::Logout | End::Ordered(_) => {
-                tracing::debug!(target = %name, %initiator, %peer, reason = %end, "session ended");
+                tracing::debug!(target = %name, %initiator, %peer, reason = %end, breaches, "session ended");
             }
             _ => {
                 tracing::warn!(target = %name, %initiator, %peer, error = &end as &dyn std::error::Error, "session ended");
@@ -268,7 +277,7 @@ impl Connection {
             target,
             handle,
             initiator,
-            local: ready.socket.local_addr().ok(),
+            local: ready.socket.local_addr(),
             nexuses,
             parameters: p,
             limits: TransferLimits {
@@ -306,6 +315,9 @@ impl Connection {
             writing_bytes: 0,
             text_rest: None,
             text_request: Vec::new(),
+            text_parts: 0,
+            late_data: false,
+            breaches: 0,
             end: None,
             timer: Box::pin(tokio::time::sleep(ping_after)),
             heard: false,
@@ -372,6 +384,18 @@ impl Connection {
                 continue;
             }
             return Poll::Pending;
+        }
+    }
+
+    /// Notes what an initiator does against the protocol. Only the first is a line in an ordinary log, or a session
+    /// could fill a disk with them.
+    pub(super) fn breach(&mut self, what: &dyn std::fmt::Display) {
+        self.breaches += 1;
+        let (initiator, peer) = (&self.initiator, self.handle.peer);
+        if self.breaches == 1 {
+            tracing::warn!(%initiator, %peer, breach = %what, "against the protocol; more of it is logged at debug level");
+        } else {
+            tracing::debug!(%initiator, %peer, breach = %what, "against the protocol");
         }
     }
 

@@ -4,18 +4,18 @@ use std::io;
 use std::sync::Arc;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 use treeboot_types::Iqn;
 
 use super::buffers::Input;
 use super::registry::{Desk, Shared};
+use super::wire::Wire;
 use crate::login::{Directory as _, Established, Refusal, TargetLogin, Then, parse_keys};
 use crate::pdu::{FrameError, Framing, LoginRequest, Pdu, PduError, Split, opcode};
 
 /// A connection that has logged in.
 pub(super) struct Ready {
-    pub(super) socket: TcpStream,
+    pub(super) socket: Wire,
     pub(super) input: Input,
     pub(super) established: Box<Established>,
     /// The last login response; it is to be sent once the session stands.
@@ -41,7 +41,7 @@ pub(super) enum LoginFailure {
     Refused(#[from] Refusal),
 }
 
-pub(super) async fn login(mut socket: TcpStream, shared: &Arc<Shared>) -> Result<Ready, LoginFailure> {
+pub(super) async fn login(mut socket: Wire, shared: &Arc<Shared>) -> Result<Ready, LoginFailure> {
     let mut input = Input::new();
     let mut login = TargetLogin::new(shared.config.terms);
     let desk = Desk::new(shared.clone());

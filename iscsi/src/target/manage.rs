@@ -7,6 +7,14 @@ use crate::pdu::{
     Bhs, LogoutRequest, LogoutResponse, NO_TAG, NopIn, NopOut, Pdu, TaskFunction, TaskManagementRequest,
     TextRequest, TextResponse, reject_reason, task_response,
 };
+use crate::session::{Admission, QUEUE_DEPTH};
+
+/// Task management requests that wait for tasks to end; immediate ones are held back by no window.
+const MAX_ABORTIONS: usize = QUEUE_DEPTH as usize;
+/// Keys of one text request: far more than exist.
+const MAX_KEYS: usize = 64;
+/// Text requests that one text may come in: the longest that is taken fits two.
+const MAX_TEXT_PARTS: u32 = 32;
 
 impl Connection {
     pub(super) fn nop(&mut self, nop: &NopOut, data: &[u8], counted: bool) {
@@ -29,6 +37,10 @@ impl Connection {
 
     pub(super) fn manage(&mut self, request: &TaskManagementRequest, counted: bool) {
         let Some(target) = self.target.clone() else { return };
+        if self.abortions.len() >= MAX_ABORTIONS {
+            self.over(counted);
+            return self.task_response(request.itt, task_response::REJECTED);
+        }
         let place = request
             .lun
             .number()
@@ -54,8 +66,8 @@ impl Connection {
                     Some(serial) => self.abort_where(|task| task.serial == serial),
                     None => {
                         self.over(counted);
-                        self.held.remove(&request.ref_cmd_sn);
-                        return self.task_response(request.itt, task_response::NO_TASK);
+                        let response = self.abort_early(request);
+                        return self.task_response(request.itt, response);
                     }
                 }
             }
@@ -80,6 +92,17 @@ impl Connection {
             }
         };
         self.answer_when_ended(request.itt, counted, serials);
+    }
+
+    /// Aborts a command that has not come yet: its number is passed over when its turn comes (RFC 7143 §11.6.1).
+    fn abort_early(&mut self, request: &TaskManagementRequest) -> u8 {
+        let cmd_sn = request.ref_cmd_sn;
+        let before = (cmd_sn.wrapping_sub(request.cmd_sn) as i32) < 0;
+        if !before || self.window.admit(cmd_sn) == Admission::Ignore {
+            return task_response::NO_TASK;
+        }
+        self.unlearn(cmd_sn);
+        task_response::COMPLETE
     }
 
     fn answer_when_ended(&mut self, itt: u32, counted: bool, serials: Vec<u64>) {
@@ -126,6 +149,7 @@ impl Connection {
                 continue;
             };
             let serial = task.serial;
+            self.late_data = true;
             match &mut task.kind {
                 TaskKind::Changing => {
                     task.kind = TaskKind::Aborted;
@@ -188,11 +212,15 @@ impl Connection {
             debug_assert_eq!(ttt, request.ttt);
             return self.text_answer(request, rest);
         }
-        if request.ttt != NO_TAG && self.text_request.is_empty() {
+        if request.ttt != NO_TAG && self.text_parts == 0 || request.continues && request.final_ {
+            self.breach(&"a text request out of order");
             return self.reject(reject_reason::PROTOCOL_ERROR, bhs);
         }
-        if self.text_request.len() + data.len() > MAX_REQUEST_TEXT_BYTES {
-            self.text_request.clear();
+        self.text_parts += 1;
+        if self.text_request.len() + data.len() > MAX_REQUEST_TEXT_BYTES || self.text_parts > MAX_TEXT_PARTS {
+            self.text_request = Vec::new();
+            self.text_parts = 0;
+            self.breach(&"a text request without end");
             return self.reject(reject_reason::OUT_OF_RESOURCES, bhs);
         }
         self.text_request.extend_from_slice(data);
@@ -201,8 +229,13 @@ impl Connection {
             return self.text_response(request, ttt, false, &[]);
         }
         let whole = std::mem::take(&mut self.text_request);
-        let Ok(keys) = parse_keys(&whole) else {
-            return self.reject(reject_reason::PROTOCOL_ERROR, bhs);
+        self.text_parts = 0;
+        let keys = match parse_keys(&whole) {
+            Ok(keys) if are_distinct(&keys) => keys,
+            _ => {
+                self.breach(&"a text request that is no text, or has a key twice, or too many");
+                return self.reject(reject_reason::PROTOCOL_ERROR, bhs);
+            }
         };
         let mut out = Vec::new();
         for (key, value) in keys {
@@ -277,4 +310,10 @@ impl Connection {
             }
         }
     }
+}
+
+/// A key that came twice would be answered twice: `SendTargets` a thousand times, for one.
+fn are_distinct(keys: &[(&str, &str)]) -> bool {
+    let names: std::collections::HashSet<_> = keys.iter().map(|(key, _)| key).collect();
+    keys.len() <= MAX_KEYS && names.len() == keys.len()
 }

@@ -10,10 +10,13 @@ mod connection;
 mod execute;
 mod login;
 mod manage;
+mod quiet;
 mod registry;
 mod reply;
 mod server;
+
 mod transfer;
+mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;

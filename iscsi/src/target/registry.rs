@@ -11,6 +11,7 @@ use tokio::sync::{Notify, oneshot};
 use treeboot_block::BlockDevice;
 use treeboot_types::Iqn;
 
+use super::quiet::Brake;
 use super::{Access, ServerConfig, SessionStats, TargetStats};
 use crate::login::{Challenge, Directory, Established, Refusal, Security};
 use crate::scsi::LogicalUnit;
@@ -64,7 +65,12 @@ pub(super) struct Control {
 
 impl Control {
     pub(super) fn send(&self, order: Order) {
-        self.orders.lock().push(order);
+        let mut orders = self.orders.lock();
+        // Twice is once: however often others reset a unit, no more waits here than there are kinds of orders.
+        if !orders.contains(&order) {
+            orders.push(order);
+        }
+        drop(orders);
         self.pending.store(true, Ordering::Release);
         self.waker.wake();
     }
@@ -188,6 +194,9 @@ impl Target {
     }
 }
 
+/// A session's handle has 16 bits, and 0 is none.
+const MAX_HANDLES: usize = u16::MAX as usize;
+
 /// A connection that has not logged in; dropping the sender ends it.
 struct Arrival {
     id: u64,
@@ -202,6 +211,8 @@ pub(super) struct Shared {
     pub(super) stopping: AtomicBool,
     /// A target came, or somebody's access changed.
     pub(super) changed: Notify,
+    /// For lines about connections without a login.
+    pub(super) brake: Brake,
     handles: Mutex<Handles>,
     /// Challenges that wait for their answer; each is of one login under way.
     challenges: Mutex<BTreeSet<Vec<u8>>>,
@@ -223,6 +234,7 @@ impl Shared {
             targets: Mutex::default(),
             stopping: AtomicBool::new(false),
             changed: Notify::new(),
+            brake: Brake::default(),
             handles: Mutex::default(),
             challenges: Mutex::default(),
             arrivals: Mutex::default(),
@@ -329,14 +341,19 @@ impl Directory for Desk {
         })
     }
 
-    fn new_tsih(&self) -> u16 {
+    fn new_tsih(&self) -> Result<u16, Refusal> {
+        let limit = self.shared.config.max_sessions.min(MAX_HANDLES);
         let mut handles = self.shared.handles.lock();
+        // Discovery sessions are sessions too, and many logins may have been admitted at once.
+        if handles.used.len() >= limit {
+            return Err(Refusal::TooMany(limit));
+        }
         loop {
-            // There are at most `max_sessions` of 65,535 in use, so this ends.
+            // Fewer than all are in use, so this ends.
             handles.next = handles.next.wrapping_add(1);
             let tsih = handles.next;
             if tsih != 0 && handles.used.insert(tsih) {
-                return tsih;
+                return Ok(tsih);
             }
         }
     }

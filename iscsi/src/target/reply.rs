@@ -253,12 +253,14 @@ impl Connection {
                 serial,
                 counted,
                 outcome,
+                reading,
                 expected,
                 called_for,
                 solicitations,
                 written,
                 buffer,
             } => {
+                self.reading_bytes -= reading;
                 self.changing.remove(&serial);
                 self.writing_bytes = self.writing_bytes.saturating_sub(buffer.len());
                 self.pool.give(buffer.into());

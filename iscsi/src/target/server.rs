@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::DuplexStream;
+use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use treeboot_types::Iqn;
@@ -16,6 +17,7 @@ use treeboot_types::Iqn;
 use super::connection::Connection;
 use super::login::{LoginFailure, login};
 use super::registry::{Order, SessionHandle, Shared, Target, Unit};
+use super::wire::Wire;
 use super::{Access, AddTargetError, BindError, ServerConfig, TargetSpec, TargetStats};
 use crate::login::Refusal;
 use crate::scsi::{Identity, LogicalUnit};
@@ -75,6 +77,18 @@ impl Server {
     /// What the operating system says.
     pub fn from_listener(listener: StdListener, config: ServerConfig) -> std::io::Result<Self> {
         Ok(Self::start(vec![from_std(listener)?], config))
+    }
+
+    /// A server without portals: it serves only what is handed to [`converse`](Self::converse).
+    pub fn without_portals(config: ServerConfig) -> Self {
+        Self::start(Vec::new(), config)
+    }
+
+    /// Serves one connection over a pipe in memory, from its first byte to its last, on the caller's task. So a fuzzer
+    /// sees a panic where it happens, and needs no network.
+    pub async fn converse(&self, pipe: DuplexStream) {
+        let nobody = SocketAddr::from(([0, 0, 0, 0], 0));
+        serve(Wire::Pipe(pipe), nobody, self.shared.clone()).await;
     }
 
     fn start(listeners: Vec<(TcpListener, SocketAddr)>, config: ServerConfig) -> Self {
@@ -288,6 +302,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         match listener.accept().await {
             Ok((socket, peer)) => {
+                // Replies must not wait for others to share a segment with.
+                let _ = socket.set_nodelay(true);
+                let socket = Wire::Tcp(socket);
                 tokio::spawn(serve(socket, peer, shared.clone()));
             }
             Err(error) => {
@@ -302,35 +319,59 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 /// One connection from its first byte to its last.
-async fn serve(socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
+async fn serve(socket: Wire, peer: SocketAddr, shared: Arc<Shared>) {
     let (arrival, left) = shared.arrive();
-    // Replies must not wait for others to share a segment with.
-    let _ = socket.set_nodelay(true);
     let logged_in = tokio::select! {
         result = timeout(shared.config.login_limit, login(socket, &shared)) => result,
-        _ = left => {
-            tracing::info!(%peer, "closed before its login: too many connections wait for one");
-            return;
-        }
+        _ = left => return no_login(NoLogin::GaveWay, peer, &shared),
     };
     shared.depart(arrival);
     let ready = match logged_in {
         Ok(Ok(ready)) => ready,
-        Ok(Err(LoginFailure::Refused(Refusal::Chap { initiator, why }))) => {
-            // Somebody's password is wrong, or somebody tries passwords.
-            tracing::warn!(%initiator, %peer, reason = %why, "authentication failed");
-            return;
-        }
-        Ok(Err(error)) => {
-            tracing::info!(%peer, error = &error as &dyn std::error::Error, "no login");
-            return;
-        }
-        Err(_) => {
-            tracing::info!(%peer, limit = ?shared.config.login_limit, "closed: the login took too long");
-            return;
-        }
+        Ok(Err(failure)) => return no_login(NoLogin::Failed(failure), peer, &shared),
+        Err(_) => return no_login(NoLogin::TookTooLong, peer, &shared),
     };
     let tsih = ready.established.tsih;
     Connection::serve(ready, peer, &shared).await;
     shared.release(tsih);
+}
+
+/// How a connection ended before it was a session.
+enum NoLogin {
+    GaveWay,
+    TookTooLong,
+    Failed(LoginFailure),
+}
+
+/// Says why a connection ended without a login; of a flood of them, now and then.
+fn no_login(why: NoLogin, peer: SocketAddr, shared: &Shared) {
+    if let NoLogin::Failed(LoginFailure::Ended) = why {
+        // Who looks whether the port is open does this.
+        return tracing::debug!(%peer, "the connection ended before its login");
+    }
+    let Some(withheld) = shared.brake.admit(Instant::now()) else {
+        return;
+    };
+    if withheld > 0 {
+        tracing::warn!(
+            withheld,
+            "as many lines about connections without a login were left out"
+        );
+    }
+    match why {
+        NoLogin::GaveWay => {
+            let limit = shared.config.max_logins;
+            tracing::warn!(%peer, limit, "closed before its login: too many connections wait for one");
+        }
+        NoLogin::TookTooLong => {
+            tracing::warn!(%peer, limit = ?shared.config.login_limit, "closed: the login took too long");
+        }
+        NoLogin::Failed(LoginFailure::Refused(Refusal::Chap { initiator, why })) => {
+            // Somebody's password is wrong, or somebody tries passwords.
+            tracing::warn!(%initiator, %peer, reason = %why, "authentication failed");
+        }
+        NoLogin::Failed(error) => {
+            tracing::warn!(%peer, error = &error as &dyn std::error::Error, "no login");
+        }
+    }
 }

@@ -10,7 +10,7 @@ use crate::scsi::{Action, OutAction, Sense, status};
 use crate::session::{QUEUE_DEPTH, Transfer};
 
 /// Tasks of a session with the immediate ones, which no window holds back.
-const MAX_TASKS: usize = 2 * QUEUE_DEPTH as usize;
+pub(super) const MAX_TASKS: usize = 2 * QUEUE_DEPTH as usize;
 
 impl Connection {
     /// A command with data from the initiator.
@@ -48,7 +48,8 @@ impl Connection {
         let transfer = match transfer {
             Ok(transfer) => transfer,
             Err(error) => {
-                tracing::debug!(initiator = %self.initiator, error = %error, "command refused");
+                self.breach(&error);
+                self.late_data = true;
                 self.over(counted);
                 return self.respond_check(command.itt, Sense::UNEXPECTED_DATA, expected);
             }
@@ -133,6 +134,12 @@ impl Connection {
         }) = self.tasks.get_mut(&out.itt)
         else {
             // For a task that was aborted or failed early: nothing is to be done with it.
+            if !self.late_data {
+                self.breach(&format_args!(
+                    "Data-Out for the tag {:#x}, which no task has",
+                    out.itt
+                ));
+            }
             return Ok(());
         };
         let before = gathering.transfer.kept();
@@ -140,7 +147,8 @@ impl Connection {
             .transfer
             .take(out.ttt, out.data_sn, out.buffer_offset, data, out.final_)
         {
-            tracing::debug!(initiator = %self.initiator, error = %error, "command failed");
+            self.breach(&error);
+            self.late_data = true;
             return self.refuse_data(out.itt);
         }
         self.writing_bytes += gathering.transfer.kept() - before;
@@ -240,6 +248,7 @@ impl Connection {
                 serial,
                 counted,
                 outcome,
+                reading: 0,
                 expected,
                 called_for,
                 solicitations,

@@ -68,8 +68,8 @@ impl Directory for Desk {
         false
     }
 
-    fn new_tsih(&self) -> u16 {
-        1
+    fn new_tsih(&self) -> Result<u16, Refusal> {
+        Ok(1)
     }
 }
 
