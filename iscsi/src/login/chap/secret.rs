@@ -59,7 +59,8 @@ impl Secret {
         }
     }
 
-    pub(super) fn expose(&self) -> &[u8] {
+    /// The secret itself, for those who hand it to a kernel or hash it.
+    pub(crate) fn expose(&self) -> &[u8] {
         &self.0
     }
 }
@@ -105,7 +106,7 @@ impl Credentials {
         &self.user
     }
 
-    pub(super) fn secret(&self) -> &Secret {
+    pub(crate) fn secret(&self) -> &Secret {
         &self.secret
     }
 }
