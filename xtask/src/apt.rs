@@ -10,6 +10,9 @@ use anyhow::{Context as _, Result, bail};
 /// How long apt waits for another apt to finish, in seconds: unattended upgrades of a fresh machine take about this long.
 const LOCK_TIMEOUT_S: u32 = 300;
 
+/// Installs that each remove what another put there end after this many; one suffices where nothing conflicts, two where one does.
+const MAX_ROUNDS: usize = 3;
+
 /// The release of Debian that guests are made of where the host is no Debian.
 const DEFAULT_RELEASE: &str = "bookworm";
 
@@ -22,23 +25,35 @@ const DEFAULT_RELEASE: &str = "bookworm";
 /// # Errors
 /// Not root: the error is one line to paste. Not a Debian: the names of what is missing. apt failed: its last words.
 pub(crate) fn ensure_packages(packages: &[&str]) -> Result<()> {
+    // A package from elsewhere (a backport) that conflicts with a new one is removed by apt, and has to come back in the
+    // release's own version: so what is missing is asked again after each install.
+    for _ in 0..MAX_ROUNDS {
+        let missing = missing(packages)?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let names = missing.join(" ");
+        if !nix::unistd::geteuid().is_root() {
+            bail!(
+                "needs Debian packages; paste: sudo apt-get update && sudo apt-get install -y --no-install-recommends {names}"
+            );
+        }
+        eprintln!("xtask: installing {names}");
+        if install(&missing).is_err() {
+            // The lists are absent on a fresh container, or name versions that the mirror no longer has.
+            refresh()?;
+            install(&missing).with_context(|| format!("could not install {names}"))?;
+        }
+    }
     let missing = missing(packages)?;
     if missing.is_empty() {
         return Ok(());
     }
-    let names = missing.join(" ");
-    if !nix::unistd::geteuid().is_root() {
-        bail!(
-            "needs Debian packages; paste: sudo apt-get update && sudo apt-get install -y --no-install-recommends {names}"
-        );
-    }
-    eprintln!("xtask: installing {names}");
-    if install(&missing).is_ok() {
-        return Ok(());
-    }
-    // The lists are absent on a fresh container, or name versions that the mirror no longer has.
-    refresh()?;
-    install(&missing).with_context(|| format!("could not install {names}"))
+    bail!(
+        "apt removes {} again whenever it installs the rest; `apt-get install -s {}` says why",
+        missing.join(" "),
+        packages.join(" ")
+    )
 }
 
 /// The package that `package` depends on and whose name begins with `prefix`: what a name for "the newest" stands for.
