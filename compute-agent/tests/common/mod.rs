@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -321,9 +322,18 @@ impl Coordinator for Play {
     }
 }
 
+/// An address of its own for each daemon: one that starts again on its old port must not find there the outgoing connection
+/// of another process, which would come from 127.0.0.1.
+fn loopback() -> SocketAddr {
+    static COUNT: AtomicU8 = AtomicU8::new(1);
+    let [.., b, c] = std::process::id().to_be_bytes();
+    let d = COUNT.fetch_add(1, Ordering::Relaxed) % 250 + 1;
+    SocketAddr::from(([127, b.max(1), c, d], 0))
+}
+
 /// Options of an agent below `dir`, on ports of its own.
 pub fn options(dir: &Path, name: &str, coordinator: SocketAddr) -> Options {
-    let free = SocketAddr::from(([127, 0, 0, 1], 0));
+    let free = loopback();
     Options {
         name: HostName::new(name).unwrap(),
         state: dir.join(name),

@@ -124,16 +124,14 @@ fn a_parent_that_ships_wrong_bytes_is_reported_and_nobody_sees_them() -> Result<
         let (at_child, lun) = session(child).await?;
         let read = read_whole(&at_child, lun, PATTERN).await?;
         println!("over a parent that lies: {read:?}");
+        // Every block of the parent's is wrong, so what was read well came from elsewhere: a fallback, or the parent that the
+        // coordinator gave as soon as it was told.
         let seen = counters(child).await?;
         println!(
             "{} bad chunks, {} bytes from fallbacks",
             seen.bad_chunks, seen.fetched_fallback_bytes
         );
         ensure!(seen.bad_chunks > 0, "the child met no bad chunk: {seen:?}");
-        ensure!(
-            seen.fetched_fallback_bytes > 0,
-            "the child fetched nothing elsewhere: {seen:?}"
-        );
         wait_until(SOON, "the parent's being reported", async || {
             let mut coordinator = cluster.coordinator.coordinator().await?;
             let hosts = coordinator
