@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use treeboot_block::BlockDevice;
-use treeboot_iscsi::target::{Access, BindError, LunSpec, Server, ServerConfig, TargetSpec, TargetStats};
+use treeboot_iscsi::target::{
+    Access, AddTargetError, BindError, LunSpec, ReservationFile, ReservationFileError, Server, ServerConfig,
+    TargetOptions, TargetSpec, TargetStats,
+};
 use treeboot_types::{DATA_LUN, ISCSI_PORT, Iqn, TREEBOOT_AUTHORITY};
 
 use self::access::AccessArgs;
@@ -48,6 +51,9 @@ pub(crate) struct ServeArgs {
     /// Logical block in bytes: 512 or 4096
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = parse_block)]
     block_size: u32,
+    /// Keep persistent reservations that ask for it (APTPL) in this file through a restart or a loss of power
+    #[arg(long, value_name = "FILE")]
+    reservations: Option<PathBuf>,
     /// Write the addresses to this file as JSON once it serves; the file is removed at the end
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -70,6 +76,7 @@ pub(crate) async fn run(args: ServeArgs) -> Result<(), Failure> {
     let mut signals = Signals::catch()?;
     log();
     let access = args.access.read()?;
+    let reservations = args.reservations.as_deref().map(reservations).transpose()?;
     let source = tokio::select! {
         // Opening may take long, where a format is converted first.
         signal = signals.next() => return Err(Failure::new(Exit::Interrupted, signal)),
@@ -77,7 +84,7 @@ pub(crate) async fn run(args: ServeArgs) -> Result<(), Failure> {
     };
     let name = args.name.clone().unwrap_or_else(|| default_name(&args.image));
     let server = bind(&args.portals)?;
-    add(&server, &name, &source, access)?;
+    add(&server, &name, &source, access, reservations)?;
     let urls: Vec<String> = server
         .local_addrs()
         .iter()
@@ -156,7 +163,27 @@ fn bind(portals: &[SocketAddr]) -> Result<Server, Failure> {
     })
 }
 
-fn add(server: &Server, name: &Iqn, source: &Source, access: Access) -> Result<(), Failure> {
+fn reservations(path: &Path) -> Result<ReservationFile, Failure> {
+    ReservationFile::open(path).map_err(|error| {
+        let exit = match &error {
+            ReservationFileError::InUse { .. } => Exit::Exists,
+            ReservationFileError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                Exit::NotFound
+            }
+            _ => Exit::Failed,
+        };
+        Failure::new(exit, chain(&error))
+            .advice("give a file in a directory that exists; one process at a time can have it")
+    })
+}
+
+fn add(
+    server: &Server,
+    name: &Iqn,
+    source: &Source,
+    access: Access,
+    reservations: Option<ReservationFile>,
+) -> Result<(), Failure> {
     // The same name and size is the same disk, so that two servers of one image can be two paths to it.
     let digest = Sha256::digest(format!("{name} {}", source.device.geometry().bytes));
     let mut ident = [0; 16];
@@ -175,9 +202,18 @@ fn add(server: &Server, name: &Iqn, source: &Source, access: Access) -> Result<(
         luns: vec![lun],
         access,
     };
-    server
-        .add_target(spec)
-        .map_err(|error| Failure::new(Exit::Failed, chain(&error)))
+    let options = TargetOptions {
+        reservations: reservations.into_iter().map(|file| (DATA_LUN, file)).collect(),
+    };
+    server.add_target_with(spec, options).map_err(|error| {
+        let failure = Failure::new(Exit::Failed, chain(&error));
+        match error {
+            AddTargetError::Reservations { .. } => failure.advice(
+                "give the file that belongs to this target's name and size; to forget who reserved the disk, remove the file",
+            ),
+            _ => failure,
+        }
+    })
 }
 
 /// A file that says where the target is, and goes when this value is dropped.

@@ -6,6 +6,7 @@
 pub mod action;
 pub mod cdb;
 pub mod inquiry;
+pub mod kept;
 mod medium;
 pub mod mode;
 pub mod opcodes;

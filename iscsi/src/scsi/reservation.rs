@@ -1,6 +1,7 @@
 //! Persistent reservations (SPC-4 §5.13) as a state machine of one logical unit.
 //!
-//! Deliberately absent: APTPL. Registrations end with the process, and REPORT CAPABILITIES says so.
+//! With APTPL they outlive a loss of power, where the unit has a [`Keeper`]; [`kept`](super::kept) is what it keeps.
+//! Deliberately absent: SPEC_I_PT, ALL_TG_PT and REGISTER AND MOVE, and REPORT CAPABILITIES says so.
 
 use treeboot_types::Iqn;
 
@@ -13,6 +14,16 @@ pub struct InitiatorPort {
     pub name: Iqn,
     /// Its part of the session's name.
     pub isid: [u8; 6],
+}
+
+/// Where registrations and the reservation of a unit outlive the process.
+pub trait Keeper: std::fmt::Debug + Send + Sync {
+    /// Keeps `text` in place of what was kept before; returns once that is durable. A crash at any moment leaves
+    /// either the one or the other. It blocks its thread.
+    ///
+    /// # Errors
+    /// What the operating system says; then either of the two may be kept.
+    fn keep(&self, text: &str) -> std::io::Result<()>;
 }
 
 /// Types of a persistent reservation (SPC-4 table 62).
@@ -33,7 +44,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn from_code(code: u8) -> Option<Self> {
+    pub(super) fn from_code(code: u8) -> Option<Self> {
         Some(match code {
             1 => Self::WriteExclusive,
             3 => Self::ExclusiveAccess,
@@ -75,25 +86,30 @@ pub enum Access {
 /// The most registrations of a unit: far more than a cluster has nodes, and a bound on what peers can make us keep.
 pub const MAX_REGISTRATIONS: usize = 256;
 
-#[derive(Debug, Clone)]
-struct Registration {
-    port: InitiatorPort,
-    key: u64,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Registration {
+    pub(super) port: InitiatorPort,
+    pub(super) key: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Held {
+pub(super) struct Held {
     /// The holder; of a kind that all registrants hold, whoever reserved it.
-    holder: InitiatorPort,
-    kind: Kind,
+    pub(super) holder: InitiatorPort,
+    pub(super) kind: Kind,
 }
 
 /// The registrations and the reservation of one unit.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reservations {
+    /// PRGENERATION; it begins with 0 at each start, whatever is kept (SPC-4 §5.13.2).
     generation: u32,
-    registrations: Vec<Registration>,
-    held: Option<Held>,
+    pub(super) registrations: Vec<Registration>,
+    pub(super) held: Option<Held>,
+    /// There is a [`Keeper`]: PTPL_C.
+    pub(super) can_keep: bool,
+    /// APTPL of the last registration: PTPL_A.
+    pub(super) kept: bool,
 }
 
 /// Why a PERSISTENT RESERVE OUT was refused.
@@ -150,6 +166,16 @@ impl Reservations {
         self.key_of(port).is_some()
     }
 
+    /// They are to outlive a loss of power.
+    pub fn is_kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Says that there is a [`Keeper`] from now on.
+    pub fn allow_keeping(&mut self) {
+        self.can_keep = true;
+    }
+
     /// Nobody registered.
     pub fn is_empty(&self) -> bool {
         self.registrations.is_empty()
@@ -186,8 +212,9 @@ impl Reservations {
                 }
             }
             2 => {
-                // CRH no, SIP_C no, ATP_C no, PTPL_C no; TMV; ALLOW COMMANDS 0; the mask of all six types.
-                return Some(vec![0, 8, 0x00, 0x80, 0xea, 0x01, 0, 0]);
+                // CRH no, SIP_C no, ATP_C no, PTPL_C; TMV, ALLOW COMMANDS 0, PTPL_A; the mask of all six types.
+                let (can_keep, kept) = (u8::from(self.can_keep), u8::from(self.kept));
+                return Some(vec![0, 8, can_keep, 0x80 | kept, 0xea, 0x01, 0, 0]);
             }
             3 => self
                 .registrations
@@ -246,8 +273,10 @@ impl Reservations {
             u64::from_be_bytes(bytes)
         };
         let (key, action_key, flags) = (number(0), number(8), parameters[20]);
-        // SPEC_I_PT, ALL_TG_PT and APTPL are not supported.
-        if flags & 0x0d != 0 {
+        // APTPL means something to the two registrations only; the others ignore it (SPC-4 table 218).
+        let aptpl = matches!(out.action, 0 | 6).then_some(flags & 0x01 != 0);
+        // SPEC_I_PT and ALL_TG_PT are not supported, APTPL only with a keeper.
+        if flags & 0x0c != 0 || aptpl == Some(true) && !self.can_keep {
             return Err(Refused::Check(Sense::parameter_field(20)));
         }
         let mut consequences = Consequences::default();
@@ -270,6 +299,7 @@ impl Reservations {
             4 | 5 => self.preempt(port, out, action_key, &mut consequences)?,
             _ => return Err(Refused::Check(Sense::cdb_field(1, Some(4)))),
         }
+        self.kept = aptpl.unwrap_or(self.kept);
         Ok(consequences)
     }
 

@@ -1,5 +1,7 @@
 //! A logical unit: what its commands mean for its device, and the state that initiators share.
 
+mod reserve;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +15,7 @@ use super::cdb::{Blocks, ByteCheck, Command};
 use super::inquiry;
 use super::mode::{Asked, Modes};
 use super::opcodes;
-use super::reservation::{Access, InitiatorPort, Out, Refused, Reservations};
+use super::reservation::{InitiatorPort, Keeper, Reservations};
 use super::sense::Sense;
 
 /// The longest transfer of one command. Initiators split at it; it bounds what one write makes us hold.
@@ -76,6 +78,9 @@ pub struct LogicalUnit {
     pub(super) write_cache: AtomicBool,
     pub(super) write_protect: AtomicBool,
     state: Mutex<State>,
+    /// Held while a PERSISTENT RESERVE OUT is carried out, which may have to wait for a disk; `state` never is.
+    changing: Mutex<()>,
+    keeper: Option<Box<dyn Keeper>>,
 }
 
 impl LogicalUnit {
@@ -91,6 +96,8 @@ impl LogicalUnit {
             write_cache: AtomicBool::new(modes.write_cache),
             write_protect: AtomicBool::new(modes.write_protect),
             state: Mutex::default(),
+            changing: Mutex::default(),
+            keeper: None,
         }
     }
 
@@ -206,20 +213,6 @@ impl LogicalUnit {
             .attention
             .store(!attached.attentions.is_empty(), Ordering::Release);
         sense
-    }
-
-    fn forbidden(&self, nexus: &Nexus, command: &Command) -> bool {
-        let state = self.state.lock();
-        if state.reserved.is_some_and(|holder| holder != nexus.id) {
-            return !matches!(
-                command,
-                Command::Inquiry { .. }
-                    | Command::ReportLuns { .. }
-                    | Command::RequestSense { .. }
-                    | Command::Release
-            );
-        }
-        state.reservations.conflicts(&nexus.port, access(command))
     }
 
     fn carry_out(&self, nexus: &Nexus, command: Command, luns: &[u16]) -> Result<Action, Sense> {
@@ -408,29 +401,6 @@ impl LogicalUnit {
         Ok(opcodes::report_one(entry, timeouts))
     }
 
-    /// RESERVE (6), for initiators that know nothing better (SPC-2).
-    fn reserve(&self, nexus: &Nexus) -> Action {
-        let mut state = self.state.lock();
-        if !state.reservations.is_empty() || state.reserved.is_some_and(|holder| holder != nexus.id) {
-            return Action::Conflict;
-        }
-        state.reserved = Some(nexus.id);
-        self.guard(&state);
-        Action::Good
-    }
-
-    fn release(&self, nexus: &Nexus) -> Action {
-        let mut state = self.state.lock();
-        if !state.reservations.is_empty() {
-            return Action::Conflict;
-        }
-        if state.reserved == Some(nexus.id) {
-            state.reserved = None;
-        }
-        self.guard(&state);
-        Action::Good
-    }
-
     /// The ranges of an UNMAP in bytes (SBC-3 §5.28.2).
     ///
     /// # Errors
@@ -471,27 +441,6 @@ impl LogicalUnit {
         }
         Ok(())
     }
-
-    /// PERSISTENT RESERVE OUT with its parameters; gives the ports whose tasks are to be aborted.
-    ///
-    /// # Errors
-    /// [`Refused`].
-    pub fn reserve_out(
-        &self,
-        nexus: &Nexus,
-        out: Out,
-        parameters: &[u8],
-    ) -> Result<Vec<InitiatorPort>, Refused> {
-        let mut state = self.state.lock();
-        let consequences = state.reservations.change(&nexus.port, out, parameters)?;
-        for (port, sense) in &consequences.attentions {
-            for attached in state.attached.values_mut().filter(|a| a.nexus.port == *port) {
-                tell(attached, *sense);
-            }
-        }
-        self.guard(&state);
-        Ok(consequences.aborts)
-    }
 }
 
 fn tell(attached: &mut Attached, sense: Sense) {
@@ -500,33 +449,6 @@ fn tell(attached: &mut Attached, sense: Sense) {
     }
     attached.attentions.push_back(sense);
     attached.nexus.attention.store(true, Ordering::Release);
-}
-
-/// What a command needs of somebody else's reservation (SPC-4 table 51, SBC-3 table 13).
-fn access(command: &Command) -> Access {
-    match command {
-        Command::Inquiry { .. }
-        | Command::TestUnitReady
-        | Command::RequestSense { .. }
-        | Command::ReportLuns { .. }
-        | Command::ReadCapacity10
-        | Command::ReadCapacity16 { .. }
-        | Command::PersistentReserveIn { .. }
-        | Command::PersistentReserveOut { .. }
-        | Command::ReportTargetPortGroups { .. }
-        | Command::ReportOpcodes { .. }
-        | Command::ReportTaskFunctions { .. }
-        | Command::StartStop { start: true, .. }
-        // They conflict by their own rules.
-        | Command::Reserve
-        | Command::Release => Access::Always,
-        Command::Read { .. }
-        | Command::Verify { .. }
-        | Command::PreFetch { .. }
-        | Command::GetLbaStatus { .. }
-        | Command::ModeSense { .. } => Access::Read,
-        _ => Access::Write,
-    }
 }
 
 fn data(mut out: Vec<u8>, allocation: u32) -> Action {

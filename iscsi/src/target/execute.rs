@@ -213,10 +213,7 @@ pub(super) async fn out(
         OutAction::Unmap => unmap(&unit, &data).await.into(),
         OutAction::ModeSelect { long } => unit.logical.mode_select(&nexus, long, &data).into(),
         OutAction::Reserve { action, scope, kind } => {
-            match unit
-                .logical
-                .reserve_out(&nexus, Out { action, scope, kind }, &data)
-            {
+            match reserve_out(&unit, nexus, Out { action, scope, kind }, &data).await {
                 Ok(aborts) if aborts.is_empty() => Outcome::Good,
                 Ok(aborts) => Outcome::Preempted(aborts),
                 Err(Refused::Conflict) => Outcome::Conflict,
@@ -225,6 +222,22 @@ pub(super) async fn out(
         }
     };
     (outcome, data)
+}
+
+/// PERSISTENT RESERVE OUT; beside the runtime where it has to wait for a disk.
+async fn reserve_out(
+    unit: &Arc<Unit>,
+    nexus: Arc<Nexus>,
+    out: Out,
+    data: &[u8],
+) -> Result<Vec<InitiatorPort>, Refused> {
+    if !unit.logical.waits_for_keeper() {
+        return unit.logical.reserve_out(&nexus, out, data);
+    }
+    let (unit, data) = (Arc::clone(unit), data.to_vec());
+    let change = tokio::task::spawn_blocking(move || unit.logical.reserve_out(&nexus, out, &data));
+    // It fails only by a panic or while the runtime ends.
+    change.await.unwrap_or(Err(Refused::Check(Sense::INTERNAL)))
 }
 
 async fn write(unit: &Unit, offset: u64, data: &[u8], durable: bool, verify: bool) -> Result<(), Sense> {

@@ -13,6 +13,7 @@ mod manage;
 mod quiet;
 mod registry;
 mod reply;
+mod reservation_file;
 mod server;
 
 mod transfer;
@@ -20,6 +21,7 @@ mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +29,9 @@ use treeboot_block::BlockDevice;
 use treeboot_types::Iqn;
 
 use crate::login::{Chap, Security, Terms};
+use crate::scsi::kept::KeptError;
 
+pub use reservation_file::{ReservationFile, ReservationFileError};
 pub use server::Server;
 
 /// How a server behaves.
@@ -127,6 +131,14 @@ pub struct LunSpec {
     pub ident: [u8; 16],
 }
 
+/// What a target may have beyond a [`TargetSpec`].
+#[derive(Debug, Default)]
+pub struct TargetOptions {
+    /// Where the persistent reservations of a unit outlive a loss of power, by its number. Units without such a place
+    /// refuse APTPL.
+    pub reservations: BTreeMap<u16, ReservationFile>,
+}
+
 /// Why a server cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -172,6 +184,19 @@ pub enum AddTargetError {
         bytes: u64,
         /// Its block.
         block_bytes: u32,
+    },
+    /// What was kept of a unit's reservations cannot be read.
+    #[error("the reservations of LUN {lun} of '{target}' in '{}' cannot be read", path.display())]
+    Reservations {
+        /// The target.
+        target: Iqn,
+        /// The number.
+        lun: u16,
+        /// Where they are kept.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: KeptError,
     },
     /// The server stops.
     #[error("the server is shutting down, so '{0}' cannot be added")]

@@ -18,7 +18,7 @@ use super::connection::Connection;
 use super::login::{LoginFailure, login};
 use super::registry::{Order, SessionHandle, Shared, Target, Unit};
 use super::wire::Wire;
-use super::{Access, AddTargetError, BindError, ServerConfig, TargetSpec, TargetStats};
+use super::{Access, AddTargetError, BindError, ServerConfig, TargetOptions, TargetSpec, TargetStats};
 use crate::login::Refusal;
 use crate::scsi::{Identity, LogicalUnit};
 
@@ -114,8 +114,16 @@ impl Server {
     /// # Errors
     /// [`AddTargetError`] says what is wrong with it.
     pub fn add_target(&self, spec: TargetSpec) -> Result<(), AddTargetError> {
+        self.add_target_with(spec, TargetOptions::default())
+    }
+
+    /// Serves a target from now on, with more than most have.
+    ///
+    /// # Errors
+    /// [`AddTargetError`] says what is wrong with it.
+    pub fn add_target_with(&self, spec: TargetSpec, options: TargetOptions) -> Result<(), AddTargetError> {
         let name = spec.name.clone();
-        let target = Arc::new(target(spec)?);
+        let target = Arc::new(target(spec, options)?);
         let mut targets = self.shared.targets.lock();
         if self.shared.stopping.load(Ordering::Acquire) {
             return Err(AddTargetError::Stopping(name));
@@ -242,7 +250,7 @@ async fn until_idle(target: &Target, deadline: Instant) -> bool {
 }
 
 /// Checks a specification and makes the target.
-fn target(spec: TargetSpec) -> Result<Target, AddTargetError> {
+fn target(spec: TargetSpec, mut options: TargetOptions) -> Result<Target, AddTargetError> {
     let mut luns = spec.luns;
     luns.sort_by_key(|lun| lun.lun);
     let wrong = |lun| AddTargetError::Lun {
@@ -288,9 +296,22 @@ fn target(spec: TargetSpec) -> Result<Target, AddTargetError> {
             product: lun.product,
             ident: lun.ident,
         };
+        let mut logical = LogicalUnit::new(lun.lun, identity, geometry);
+        if let Some(mut file) = options.reservations.remove(&lun.lun) {
+            let (path, text) = (file.path().to_owned(), file.take_text());
+            let unreadable = |source| AddTargetError::Reservations {
+                target: spec.name.clone(),
+                lun: lun.lun,
+                path,
+                source,
+            };
+            logical = logical
+                .with_keeper(Box::new(file), text.as_deref())
+                .map_err(unreadable)?;
+        }
         units.push(Arc::new(Unit {
             target: spec.name.clone(),
-            logical: LogicalUnit::new(lun.lun, identity, geometry),
+            logical,
             device: lun.device,
             atomic: tokio::sync::RwLock::new(()),
         }));

@@ -285,7 +285,7 @@ impl Client {
     }
 
     /// One command to its end. Data to write go by R2T only, without immediate ones.
-    async fn command(
+    pub(crate) async fn command(
         &mut self,
         cdb: [u8; 16],
         expected_bytes: u32,
