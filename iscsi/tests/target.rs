@@ -1,5 +1,6 @@
 //! The target over real sockets, spoken to PDU by PDU.
 
+#[allow(dead_code, reason = "the other tests use the rest")]
 mod support;
 
 use std::collections::BTreeSet;

@@ -213,6 +213,18 @@ impl Client {
         client
     }
 
+    pub(crate) async fn login_with(portal: SocketAddr, target: &str, number: u8, terms: Terms) -> Self {
+        let login = Self::negotiate(portal, Some(target), number, terms).await;
+        let mut client = login.expect("a login");
+        client.hear_attention().await;
+        client
+    }
+
+    /// A discovery session that stays.
+    pub(crate) async fn try_discovery(portal: SocketAddr) -> Result<Self, (u8, u8)> {
+        Self::negotiate(portal, None, 0, Terms::default()).await
+    }
+
     pub(crate) async fn try_login(portal: SocketAddr, target: &str, number: u8) -> Result<Self, (u8, u8)> {
         Self::negotiate(portal, Some(target), number, Terms::default()).await
     }
