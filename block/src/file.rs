@@ -15,6 +15,11 @@ pub struct FileOptions {
     pub read_only: bool,
     /// Logical block in bytes: 512 or 4096.
     pub block_bytes: u32,
+    /// Physical block in bytes: 512 or 4096, at least the logical one.
+    pub physical_block_bytes: u32,
+    /// The device is not thin: all its bytes have storage, which no discard gives back. Opening a file for writing fills its
+    /// holes, so that later writes need no more room.
+    pub fully_allocated: bool,
 }
 
 impl Default for FileOptions {
@@ -22,6 +27,8 @@ impl Default for FileOptions {
         Self {
             read_only: true,
             block_bytes: 512,
+            physical_block_bytes: 4096,
+            fully_allocated: false,
         }
     }
 }
@@ -71,6 +78,28 @@ pub enum OpenError {
         /// What was asked for.
         block_bytes: u32,
     },
+    /// A physical block that is none, or smaller than the logical one.
+    #[error(
+        "a physical block of {physical_block_bytes} bytes under blocks of {block_bytes} is not supported; give 512 or 4096, \
+         and no less than the block"
+    )]
+    PhysicalBlock {
+        /// What was asked for.
+        physical_block_bytes: u32,
+        /// Logical block in bytes.
+        block_bytes: u32,
+    },
+    /// The file's holes cannot be filled.
+    #[error("cannot allocate all {bytes} bytes of '{path}'")]
+    Allocate {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        bytes: u64,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
     /// Another process (or another device of this one) has it.
     #[error("'{path}' is in use by another process that writes or serves it; stop that one first")]
     InUse {
@@ -96,9 +125,17 @@ impl FileDevice {
         let FileOptions {
             read_only,
             block_bytes,
+            physical_block_bytes,
+            fully_allocated,
         } = options;
         if block_bytes != 512 && block_bytes != 4096 {
             return Err(OpenError::Block { block_bytes });
+        }
+        if !matches!(physical_block_bytes, 512 | 4096) || physical_block_bytes < block_bytes {
+            return Err(OpenError::PhysicalBlock {
+                physical_block_bytes,
+                block_bytes,
+            });
         }
         let mode = if read_only {
             OpenMode::ReadOnly
@@ -136,14 +173,21 @@ impl FileDevice {
                 block_bytes,
             });
         }
+        if fully_allocated && !read_only && kind.is_file() {
+            storage.allocate(bytes).map_err(|source| OpenError::Allocate {
+                path: path.into(),
+                bytes,
+                source,
+            })?;
+        }
         Ok(Self {
             storage: Arc::new(storage),
             geometry: Geometry {
                 bytes,
                 block_bytes,
-                physical_block_bytes: 4096,
+                physical_block_bytes,
                 read_only,
-                thin: true,
+                thin: !fully_allocated,
             },
         })
     }
@@ -205,14 +249,21 @@ impl BlockDevice for FileDevice {
             return blocking::ready(Err(error));
         }
         let storage = Arc::clone(&self.storage);
+        let thin = self.geometry.thin;
         Box::pin(blocking::run(move || {
-            zero(&*storage, offset, bytes).map_err(|error| write_error(error, offset, bytes))
+            zero(&*storage, offset, bytes, thin).map_err(|error| write_error(error, offset, bytes))
         }))
     }
 
     fn extent(&self, offset: u64, bytes: u64) -> IoFuture<'_, Extent> {
         if let Err(error) = self.check_range(offset, bytes) {
             return blocking::ready(Err(error));
+        }
+        if !self.geometry.thin {
+            return blocking::ready(Ok(Extent {
+                bytes,
+                state: Provisioning::Mapped,
+            }));
         }
         let storage = Arc::clone(&self.storage);
         let block = u64::from(self.geometry.block_bytes);
@@ -235,11 +286,12 @@ impl BlockDevice for FileDevice {
     }
 }
 
-/// Punches, or writes zeroes where the storage cannot.
-fn zero(storage: &dyn Storage, offset: u64, bytes: u64) -> io::Result<()> {
-    match storage.punch(offset, bytes) {
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-        other => return other,
+/// Punches, or writes zeroes where the storage cannot or is to be kept.
+fn zero(storage: &dyn Storage, offset: u64, bytes: u64, punch: bool) -> io::Result<()> {
+    match punch.then(|| storage.punch(offset, bytes)) {
+        None => {}
+        Some(Err(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+        Some(other) => return other,
     }
     let zeroes = vec![0; bytes.min(1 << 20) as usize];
     let mut done = 0;
@@ -280,6 +332,15 @@ mod tests {
         assert!(matches!(
             FileDevice::open(&path, options),
             Err(OpenError::Block { block_bytes: 1024 })
+        ));
+        let options = FileOptions {
+            block_bytes: 4096,
+            physical_block_bytes: 512,
+            ..FileOptions::default()
+        };
+        assert!(matches!(
+            FileDevice::open(&path, options),
+            Err(OpenError::PhysicalBlock { .. })
         ));
     }
 
@@ -328,6 +389,27 @@ mod tests {
                 Err(BlockError::OutOfRange { .. })
             ));
         }
+    }
+
+    #[tokio::test]
+    async fn a_fully_allocated_device_has_all_its_storage_and_keeps_it() {
+        let (_dir, path) = image(1 << 20);
+        let options = FileOptions {
+            read_only: false,
+            fully_allocated: true,
+            ..FileOptions::default()
+        };
+        let device = FileDevice::open(&path, options).unwrap();
+        assert!(!device.geometry().thin);
+        assert!(device.allocated_bytes().unwrap() >= 1 << 20);
+        device.write(8192, &[5; 8192]).await.unwrap();
+        device.discard(8192, 4096).await.unwrap();
+        assert!(device.allocated_bytes().unwrap() >= 1 << 20);
+        let mut buf = [1; 8192];
+        device.read(8192, &mut buf).await.unwrap();
+        assert_eq!((buf[0], buf[4095], buf[4096]), (0, 0, 5));
+        let extent = device.extent(0, 1 << 20).await.unwrap();
+        assert_eq!((extent.bytes, extent.state), (1 << 20, Provisioning::Mapped));
     }
 
     #[tokio::test]

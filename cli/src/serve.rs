@@ -18,7 +18,7 @@ use treeboot_types::{DATA_LUN, ISCSI_PORT, Iqn, TREEBOOT_AUTHORITY};
 
 use self::access::AccessArgs;
 use crate::failure::{Exit, Failure, chain, io_words};
-use crate::import::{self, OpenOptions, Source};
+use crate::import::{self, Format, OpenOptions, Source};
 use crate::output;
 use crate::signals::Signals;
 
@@ -54,6 +54,12 @@ pub(crate) struct ServeArgs {
     /// Keep persistent reservations that ask for it (APTPL) in this file through a restart or a loss of power
     #[arg(long, value_name = "FILE")]
     reservations: Option<PathBuf>,
+    /// Physical block to tell initiators, in bytes: 512 or 4096 [default: the logical block]. Raw images only
+    #[arg(long, value_name = "BYTES", value_parser = parse_block)]
+    physical_block_size: Option<u32>,
+    /// Serve a LUN that is not thin: no UNMAP, no holes. With --writable the image's holes are filled first. Raw images only
+    #[arg(long)]
+    fully_allocated: bool,
     /// Write the addresses to this file as JSON once it serves; the file is removed at the end
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -138,9 +144,24 @@ async fn open(args: &ServeArgs) -> Result<Source, Failure> {
         format: None,
         scratch: args.scratch.clone().unwrap_or_else(import::default_scratch),
         block_bytes: args.block_size,
+        physical_block_bytes: args.physical_block_size.unwrap_or(args.block_size),
+        fully_allocated: args.fully_allocated,
         writable: args.writable,
     };
-    Ok(Source::open(&args.image, &options).await?)
+    let source = Source::open(&args.image, &options).await?;
+    let raw_only = args.fully_allocated || args.physical_block_size.is_some();
+    if raw_only && source.format != Format::Raw {
+        return Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "'{}' is a {} image; --fully-allocated and --physical-block-size are for raw images",
+                args.image.display(),
+                source.format
+            ),
+        )
+        .advice("leave the option out"));
+    }
+    Ok(source)
 }
 
 fn bind(portals: &[SocketAddr]) -> Result<Server, Failure> {

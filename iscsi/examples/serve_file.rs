@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = FileOptions {
         read_only: !has("writable"),
         block_bytes: if has("4096") { 4096 } else { 512 },
+        ..FileOptions::default()
     };
     let device: Arc<dyn BlockDevice> = Arc::new(FileDevice::open(Path::new(&path), options)?);
     let name = Iqn::new("iqn.2026-11.dev.treeboot:serve-file")?;

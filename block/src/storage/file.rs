@@ -80,6 +80,20 @@ impl FileStorage {
         let kind = self.file.metadata()?.file_type();
         Ok(kind.is_file() || kind.is_block_device())
     }
+
+    /// Gives every hole of the first `bytes` its storage; what is there stays. No write into them runs out of room then, except
+    /// on a file system that copies on write.
+    ///
+    /// # Errors
+    /// The operating system's: no room, or a file system that cannot.
+    pub fn allocate(&self, bytes: u64) -> io::Result<()> {
+        loop {
+            match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, bytes) {
+                Err(Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
 }
 
 impl Storage for FileStorage {

@@ -108,6 +108,8 @@ pub(super) async fn import(options: &Options, args: ImportArgs) -> Result<(), Fa
         format,
         scratch: args.scratch.clone().unwrap_or_else(import::default_scratch),
         block_bytes: 512,
+        physical_block_bytes: 4096,
+        fully_allocated: false,
         writable: false,
     };
     let source = Source::open(&args.file, &options_to_open).await?;

@@ -105,7 +105,10 @@ impl ImportError {
 impl From<ImportError> for Failure {
     fn from(error: ImportError) -> Self {
         let io_error = match &error {
-            ImportError::Io { source, .. } | ImportError::Raw(OpenError::Open { source, .. }) => Some(source),
+            ImportError::Io { source, .. }
+            | ImportError::Raw(OpenError::Open { source, .. } | OpenError::Allocate { source, .. }) => {
+                Some(source)
+            }
             ImportError::Qcow2 {
                 source: Qcow2Error::Io(source),
                 ..
@@ -141,6 +144,10 @@ pub(crate) struct OpenOptions {
     pub(crate) scratch: PathBuf,
     /// Logical block of the device in bytes: 512 or 4096.
     pub(crate) block_bytes: u32,
+    /// Physical block of a raw image's device in bytes: 512 or 4096, at least `block_bytes`.
+    pub(crate) physical_block_bytes: u32,
+    /// A raw image's device is not thin; where it is writable its holes are filled.
+    pub(crate) fully_allocated: bool,
     /// Writes go to the file, which must be raw.
     pub(crate) writable: bool,
 }
@@ -241,6 +248,8 @@ fn open_raw(path: &Path, options: &OpenOptions) -> Result<Opened, ImportError> {
     let options = FileOptions {
         read_only: !options.writable,
         block_bytes: options.block_bytes,
+        physical_block_bytes: options.physical_block_bytes,
+        fully_allocated: options.fully_allocated,
     };
     let device = FileDevice::open(path, options)?;
     let stored_bytes = device.allocated_bytes().map_err(|source| ImportError::Io {
