@@ -82,6 +82,13 @@ pub enum OutAction {
         /// Answer only when durable.
         durable: bool,
     },
+    /// OR them to what is there.
+    OrWrite {
+        /// First byte.
+        offset: u64,
+        /// Answer only when durable.
+        durable: bool,
+    },
     /// Write one block over and over.
     WriteSame {
         /// First byte.

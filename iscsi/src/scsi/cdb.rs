@@ -72,6 +72,15 @@ pub enum Command {
     CompareAndWrite {
         blocks: Blocks,
     },
+    OrWrite {
+        blocks: Blocks,
+        fua: bool,
+    },
+    ReadDefects {
+        long: bool,
+        lists: u8,
+        allocation: u32,
+    },
     SynchronizeCache {
         blocks: Blocks,
     },
@@ -261,6 +270,16 @@ impl Command {
                 }
             }
             0x34 | 0x90 => Self::PreFetch { blocks },
+            0x37 => Self::ReadDefects {
+                long: false,
+                lists: cdb[2],
+                allocation: u16_at(cdb, 7),
+            },
+            0xb7 => Self::ReadDefects {
+                long: true,
+                lists: cdb[1],
+                allocation: u32_at(cdb, 6),
+            },
             0x35 | 0x91 => Self::SynchronizeCache { blocks },
             0x41 | 0x93 => {
                 unprotected(cdb)?;
@@ -285,6 +304,13 @@ impl Command {
                 kind: cdb[2] & 0x0f,
                 parameters: u32_at(cdb, 5),
             },
+            0x8b => {
+                unprotected(cdb)?;
+                Self::OrWrite {
+                    blocks,
+                    fua: flag(1, 3),
+                }
+            }
             0x89 => {
                 unprotected(cdb)?;
                 Self::CompareAndWrite {

@@ -116,6 +116,10 @@ fn extended() -> Vec<u8> {
     out
 }
 
+/// What files, caches and deltas keep storage in, whatever a physical block is said to be: a smaller write costs a read, and a
+/// smaller UNMAP gives nothing back (it still reads as zeroes).
+const STORAGE_BYTES: u32 = 4096;
+
 /// Block limits (SBC-3 §6.6.4).
 fn block_limits(geometry: &Geometry) -> Vec<u8> {
     let block = u64::from(geometry.block_bytes);
@@ -123,7 +127,7 @@ fn block_limits(geometry: &Geometry) -> Vec<u8> {
     let mut out = vec![0; 60];
     out[0] = 0x01; // WSNZ: a WRITE SAME of 0 blocks is refused
     out[1] = max_compare_and_write_blocks(geometry);
-    let granularity = geometry.physical_block_bytes / geometry.block_bytes;
+    let granularity = geometry.physical_block_bytes.max(STORAGE_BYTES) / geometry.block_bytes;
     out[2..4].copy_from_slice(&(granularity as u16).to_be_bytes());
     out[4..8].copy_from_slice(&blocks(MAX_TRANSFER_BYTES).to_be_bytes());
     out[8..12].copy_from_slice(&blocks(1 << 20).to_be_bytes());
@@ -152,10 +156,12 @@ fn characteristics() -> Vec<u8> {
 
 /// Logical block provisioning (SBC-3 §6.6.6).
 fn provisioning(geometry: &Geometry) -> Vec<u8> {
-    if geometry.thin {
+    match (geometry.thin, geometry.read_only) {
+        (false, _) => vec![0, 0, 0, 0],
         // LBPU, LBPWS, LBPWS10, LBPRZ; thin.
-        vec![0, 0xe4, 2, 0]
-    } else {
-        vec![0, 0, 0, 0]
+        (true, false) => vec![0, 0xe4, 2, 0],
+        // LBPU and LBPRZ. Holes are told, and UNMAP is known, as a thin unit must know one way; but WRITE SAME can give nothing
+        // back where it can write nothing.
+        (true, true) => vec![0, 0x84, 2, 0],
     }
 }

@@ -19,6 +19,28 @@ impl LogicalUnit {
         }
     }
 
+    /// READ CAPACITY (10): the last block and the length of a block.
+    pub(super) fn capacity_10(&self) -> Vec<u8> {
+        let last = self.geometry.bytes / u64::from(self.geometry.block_bytes) - 1;
+        let mut out = u32::try_from(last).unwrap_or(u32::MAX).to_be_bytes().to_vec();
+        out.extend_from_slice(&self.geometry.block_bytes.to_be_bytes());
+        out
+    }
+
+    /// READ CAPACITY (16) (SBC-3 §5.16.2).
+    pub(super) fn capacity_16(&self) -> Vec<u8> {
+        let mut out = vec![0; 32];
+        let last = self.geometry.bytes / u64::from(self.geometry.block_bytes) - 1;
+        out[..8].copy_from_slice(&last.to_be_bytes());
+        out[8..12].copy_from_slice(&self.geometry.block_bytes.to_be_bytes());
+        let ratio = (self.geometry.physical_block_bytes / self.geometry.block_bytes).max(1);
+        out[13] = ratio.ilog2() as u8;
+        if self.geometry.thin {
+            out[14] = 0xc0; // LBPME, LBPRZ
+        }
+        out
+    }
+
     pub(super) fn transfer(&self, blocks: Blocks) -> Result<(u64, u64), Sense> {
         let (offset, bytes) = self.range(blocks)?;
         if bytes > MAX_TRANSFER_BYTES {
@@ -38,16 +60,39 @@ impl LogicalUnit {
         fua || !self.write_cache.load(Ordering::Relaxed)
     }
 
-    pub(super) fn write(&self, blocks: Blocks, fua: bool, verify: bool) -> Result<Action, Sense> {
+    /// The bytes that a command is to change. What is wrong with the command itself is told before the protection of the
+    /// medium, and a command that changes no block is none that it stops; then there is nothing to do.
+    fn change(&self, blocks: Blocks) -> Result<Option<(u64, u64)>, Sense> {
+        let (offset, bytes) = self.transfer(blocks)?;
+        if bytes == 0 {
+            return Ok(None);
+        }
         self.writable()?;
-        Ok(match self.transfer(blocks)? {
-            (_, 0) => Action::Good,
-            (offset, bytes) => Action::Out {
+        Ok(Some((offset, bytes)))
+    }
+
+    pub(super) fn write(&self, blocks: Blocks, fua: bool, verify: bool) -> Result<Action, Sense> {
+        Ok(match self.change(blocks)? {
+            None => Action::Good,
+            Some((offset, bytes)) => Action::Out {
                 bytes,
                 then: OutAction::Write {
                     offset,
                     durable: self.durable(fua),
                     verify,
+                },
+            },
+        })
+    }
+
+    pub(super) fn or_write(&self, blocks: Blocks, fua: bool) -> Result<Action, Sense> {
+        Ok(match self.change(blocks)? {
+            None => Action::Good,
+            Some((offset, bytes)) => Action::Out {
+                bytes,
+                then: OutAction::OrWrite {
+                    offset,
+                    durable: self.durable(fua),
                 },
             },
         })
@@ -71,11 +116,11 @@ impl LogicalUnit {
     }
 
     pub(super) fn compare_and_write(&self, blocks: Blocks) -> Result<Action, Sense> {
-        self.writable()?;
         if blocks.count > u64::from(max_compare_and_write_blocks(&self.geometry)) {
             return Err(Sense::cdb_field(13, Some(7)));
         }
-        let (offset, bytes) = self.range(blocks)?;
+        // No block is planned too: an initiator that sends data for none has put 256 into the field of eight bits, and is told.
+        let (offset, bytes) = self.change(blocks)?.unwrap_or_default();
         Ok(Action::Out {
             bytes: bytes * 2,
             then: OutAction::CompareAndWrite {
@@ -93,7 +138,6 @@ impl LogicalUnit {
         anchor: bool,
         no_data: bool,
     ) -> Result<Action, Sense> {
-        self.writable()?;
         if anchor {
             return Err(Sense::cdb_field(1, Some(4)));
         }
@@ -105,6 +149,7 @@ impl LogicalUnit {
         if bytes == 0 || bytes > MAX_WRITE_SAME_BYTES {
             return Err(Sense::INVALID_FIELD_IN_CDB);
         }
+        self.writable()?;
         Ok(match no_data {
             true => Action::Discard { offset, bytes },
             false => Action::Out {

@@ -2,6 +2,8 @@
 //!
 //! It answers REPORT SUPPORTED OPERATION CODES (SPC-4 §6.35) and refuses reserved bits, so that both always agree.
 
+use super::sense::Sense;
+
 /// One command.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
@@ -54,6 +56,7 @@ pub const TABLE: &[Entry] = &[
     entry(0x2f, &[0x2f, 0xf6, F, F, F, F, 0x1f, F, F, 0]),
     entry(0x34, &[0x34, 0x02, F, F, F, F, 0x1f, F, F, 0]),
     entry(0x35, &[0x35, 0x06, F, F, F, F, 0x1f, F, F, 0]),
+    entry(0x37, &[0x37, 0, 0x1f, 0, 0, 0, 0, F, F, 0]),
     entry(0x41, &[0x41, 0xfa, F, F, F, F, 0x1f, F, F, 0]),
     Entry {
         thin: true,
@@ -75,6 +78,7 @@ pub const TABLE: &[Entry] = &[
     entry(0x88, &[0x88, 0xfa, F, F, F, F, F, F, F, F, F, F, F, F, 0x1f, 0]),
     entry(0x89, &[0x89, 0xfa, F, F, F, F, F, F, F, F, 0, 0, 0, F, 0x1f, 0]),
     entry(0x8a, &[0x8a, 0xfa, F, F, F, F, F, F, F, F, F, F, F, F, 0x1f, 0]),
+    entry(0x8b, &[0x8b, 0xfa, F, F, F, F, F, F, F, F, F, F, F, F, 0x1f, 0]),
     entry(0x8e, &[0x8e, 0xf6, F, F, F, F, F, F, F, F, F, F, F, F, 0x1f, 0]),
     entry(0x8f, &[0x8f, 0xf6, F, F, F, F, F, F, F, F, F, F, F, F, 0x1f, 0]),
     entry(0x90, &[0x90, 0x02, F, F, F, F, F, F, F, F, F, F, F, F, 0x1f, 0]),
@@ -98,6 +102,7 @@ pub const TABLE: &[Entry] = &[
     entry(0xaa, &[0xaa, 0xfa, F, F, F, F, F, F, F, F, 0x1f, 0]),
     entry(0xae, &[0xae, 0xf6, F, F, F, F, F, F, F, F, 0x1f, 0]),
     entry(0xaf, &[0xaf, 0xf6, F, F, F, F, F, F, F, F, 0x1f, 0]),
+    entry(0xb7, &[0xb7, 0x1f, F, F, F, F, F, F, F, F, 0, 0]),
 ];
 
 /// What is known about an operation code and, where it has them, its service action.
@@ -145,11 +150,32 @@ pub fn reserved_bit(entry: &Entry, cdb: &[u8; 16]) -> Option<(u16, u8)> {
         })
 }
 
+/// REPORT SUPPORTED OPERATION CODES. `options` tells which: all, or one by its code and service action.
+///
+/// # Errors
+/// The [`Sense`] of an option that does not exist or does not fit the command.
+pub fn report(thin: bool, timeouts: bool, options: u8, opcode: u8, action: u16) -> Result<Vec<u8>, Sense> {
+    let mut known = TABLE
+        .iter()
+        .filter(|e| e.opcode == opcode && (thin || !e.thin))
+        .peekable();
+    let has_actions = known.peek().is_some_and(|entry| entry.action.is_some());
+    let entry = match options {
+        0 => return Ok(report_all(timeouts, thin)),
+        1 if has_actions => return Err(Sense::cdb_field(2, Some(2))),
+        2 if known.peek().is_some() && !has_actions => return Err(Sense::cdb_field(2, Some(2))),
+        1 => known.next(),
+        2 | 3 => known.find(|entry| entry.action.map_or(action == 0, |own| u16::from(own) == action)),
+        _ => return Err(Sense::cdb_field(2, Some(2))),
+    };
+    Ok(report_one(entry, timeouts))
+}
+
 /// COMMAND TIMEOUTS DESCRIPTOR with no value stated.
 const NO_TIMEOUTS: [u8; 12] = [0, 0x0a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// REPORT SUPPORTED OPERATION CODES, all of them.
-pub fn report_all(timeouts: bool, thin: bool) -> Vec<u8> {
+fn report_all(timeouts: bool, thin: bool) -> Vec<u8> {
     let mut out = vec![0; 4];
     for entry in TABLE.iter().filter(|entry| thin || !entry.thin) {
         let flags = u8::from(entry.action.is_some()) | if timeouts { 2 } else { 0 };
@@ -165,7 +191,7 @@ pub fn report_all(timeouts: bool, thin: bool) -> Vec<u8> {
 }
 
 /// REPORT SUPPORTED OPERATION CODES, one of them; `None` is a command that is not supported.
-pub fn report_one(entry: Option<&Entry>, timeouts: bool) -> Vec<u8> {
+fn report_one(entry: Option<&Entry>, timeouts: bool) -> Vec<u8> {
     let Some(entry) = entry else {
         return vec![0, 1, 0, 0];
     };

@@ -5,19 +5,26 @@ use treeboot_types::Iqn;
 use super::reservation::InitiatorPort;
 use super::*;
 
-fn unit(read_only: bool, thin: bool) -> LogicalUnit {
-    let identity = Identity {
-        target: Iqn::new("iqn.a:t").unwrap(),
-        serial: "S1".into(),
-        product: "disk".into(),
-        ident: [7; 16],
-    };
-    let geometry = Geometry {
+fn geometry(read_only: bool, thin: bool) -> Geometry {
+    Geometry {
         bytes: 1 << 20,
         block_bytes: 512,
         physical_block_bytes: 4096,
         read_only,
         thin,
+    }
+}
+
+fn unit(read_only: bool, thin: bool) -> LogicalUnit {
+    with_geometry(geometry(read_only, thin))
+}
+
+fn with_geometry(geometry: Geometry) -> LogicalUnit {
+    let identity = Identity {
+        target: Iqn::new("iqn.a:t").unwrap(),
+        serial: "S1".into(),
+        product: "disk".into(),
+        ident: [7; 16],
     };
     LogicalUnit::new(0, identity, geometry)
 }
@@ -106,7 +113,8 @@ fn a_read_only_unit_refuses_every_write_and_says_so_in_mode_sense() {
         &[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0],
         &[0x2e, 0, 0, 0, 0, 0, 0, 0, 1, 0],
         &[0x41, 0, 0, 0, 0, 0, 0, 0, 1, 0],
-        &[0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0],
+        &[0x41, 0x08, 0, 0, 0, 0, 0, 0, 1, 0],
+        &[0x8b, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
         &[0x89, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
     ] {
         assert_eq!(
@@ -119,6 +127,136 @@ fn a_read_only_unit_refuses_every_write_and_says_so_in_mode_sense() {
         panic!()
     };
     assert_eq!(modes[2] & 0x80, 0x80);
+}
+
+/// The parameter list of an UNMAP of one range.
+fn unmap_list(lba: u64, count: u32) -> Vec<u8> {
+    let mut list = vec![0, 22, 0, 16, 0, 0, 0, 0];
+    list.extend_from_slice(&lba.to_be_bytes());
+    list.extend_from_slice(&count.to_be_bytes());
+    list.resize(24, 0);
+    list
+}
+
+#[test]
+fn protection_stops_changes_only_and_after_what_is_wrong_with_the_command() {
+    let unit = unit(true, true);
+    let nexus = ready(&unit, 1);
+    for opcode in [0x2a, 0x2e, 0x8a, 0x8b, 0x8e, 0xaa, 0xae] {
+        let mut cdb = [0; 16];
+        cdb[0] = opcode;
+        assert_eq!(plan(&unit, &nexus, &cdb), Action::Good, "no block by {opcode:#x}");
+        // The last byte of the address, then one block.
+        let (lba, count) = match opcode >> 5 {
+            1 => (4, 8),
+            5 => (4, 9),
+            _ => (8, 13),
+        };
+        (cdb[lba], cdb[count]) = (0x08, 1);
+        assert_eq!(
+            plan(&unit, &nexus, &cdb),
+            Action::Check(Sense::LBA_OUT_OF_RANGE),
+            "{opcode:#x}"
+        );
+    }
+    assert_eq!(
+        plan(&unit, &nexus, &[0x41, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        Action::Check(Sense::INVALID_FIELD_IN_CDB)
+    );
+    assert_eq!(unit.unmap_ranges(&unmap_list(0, 8)), Err(Sense::WRITE_PROTECTED));
+    assert_eq!(unit.unmap_ranges(&unmap_list(5, 0)), Ok(vec![(5 * 512, 0)]));
+}
+
+#[test]
+fn or_write_is_planned_as_a_write_of_its_own() {
+    let unit = unit(false, true);
+    let nexus = ready(&unit, 1);
+    let fua = [0x8b, 0x08, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0];
+    assert_eq!(
+        plan(&unit, &nexus, &fua),
+        Action::Out {
+            bytes: 1024,
+            then: OutAction::OrWrite {
+                offset: 3 * 512,
+                durable: true
+            }
+        }
+    );
+    let protect = [0x8b, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0];
+    assert_eq!(
+        plan(&unit, &nexus, &protect),
+        Action::Check(Sense::cdb_field(1, Some(7)))
+    );
+}
+
+#[test]
+fn a_compare_of_no_block_still_looks_at_the_data() {
+    let unit = unit(false, true);
+    let nexus = ready(&unit, 1);
+    let Action::Out { bytes: 0, .. } = plan(&unit, &nexus, &[0x89]) else {
+        panic!("the target must see that data came for none")
+    };
+}
+
+#[test]
+fn defect_lists_are_empty_and_in_the_format_asked_for() {
+    let unit = unit(false, true);
+    let nexus = ready(&unit, 1);
+    let short = [0x37, 0, 0x1d, 0, 0, 0, 0, 0, 32, 0];
+    assert_eq!(plan(&unit, &nexus, &short), Action::Data(vec![0, 0x1d, 0, 0]));
+    let long = [0xb7, 0x0b, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0];
+    assert_eq!(
+        plan(&unit, &nexus, &long),
+        Action::Data(vec![0, 0x0b, 0, 0, 0, 0, 0, 0])
+    );
+}
+
+/// A vital product data page without its header.
+fn page(unit: &LogicalUnit, code: u8) -> Vec<u8> {
+    let nexus = ready(unit, 9);
+    let Action::Data(page) = plan(unit, &nexus, &[0x12, 1, code, 0, 255, 0]) else {
+        panic!("page {code:#x}")
+    };
+    page[4..].to_vec()
+}
+
+#[test]
+fn provisioning_is_told_as_it_is() {
+    for (read_only, thin, provisioning, descriptors) in [
+        (false, true, [0, 0xe4, 2, 0], 256),
+        (true, true, [0, 0x84, 2, 0], 256),
+        (false, false, [0, 0, 0, 0], 0),
+        (true, false, [0, 0, 0, 0], 0),
+    ] {
+        let unit = unit(read_only, thin);
+        assert_eq!(page(&unit, 0xb2), provisioning, "{read_only} {thin}");
+        let limits = page(&unit, 0xb0);
+        assert_eq!(
+            limits[20..24],
+            u32::to_be_bytes(descriptors),
+            "{read_only} {thin}"
+        );
+        let nexus = ready(&unit, 1);
+        let capacity = [0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0];
+        let Action::Data(capacity) = plan(&unit, &nexus, &capacity) else {
+            panic!()
+        };
+        assert_eq!(capacity[14], if thin { 0xc0 } else { 0 });
+    }
+}
+
+#[test]
+fn storage_comes_in_4_kib_whatever_the_physical_block() {
+    for (physical_block_bytes, exponent) in [(512, 0), (4096, 3)] {
+        let unit = with_geometry(Geometry {
+            physical_block_bytes,
+            ..geometry(false, true)
+        });
+        let limits = page(&unit, 0xb0);
+        // OPTIMAL TRANSFER LENGTH GRANULARITY and OPTIMAL UNMAP GRANULARITY.
+        assert_eq!((&limits[2..4], &limits[24..28]), (&[0, 8][..], &[0, 0, 0, 8][..]));
+        assert_eq!(unit.capacity_16()[13], exponent);
+    }
 }
 
 #[test]

@@ -277,6 +277,12 @@ impl LogicalUnit {
             Command::WriteAndVerify { blocks, check } => self.write(blocks, true, check == ByteCheck::All)?,
             Command::Verify { blocks, check } => self.verify(blocks, check)?,
             Command::CompareAndWrite { blocks } => self.compare_and_write(blocks)?,
+            Command::OrWrite { blocks, fua } => self.or_write(blocks, fua)?,
+            Command::ReadDefects {
+                long,
+                lists,
+                allocation,
+            } => data(no_defects(long, lists), allocation),
             Command::SynchronizeCache { blocks } => {
                 self.range(blocks)?;
                 Action::Flush
@@ -288,17 +294,14 @@ impl LogicalUnit {
                 Action::Good
             }
             Command::Unmap { anchor: true, .. } => return Err(Sense::cdb_field(1, Some(0))),
-            Command::Unmap { parameters, .. } => {
-                self.writable()?;
-                match parameters {
-                    0 => Action::Good,
-                    1..8 => return Err(Sense::PARAMETER_LENGTH),
-                    _ => Action::Out {
-                        bytes: parameters.into(),
-                        then: OutAction::Unmap,
-                    },
-                }
-            }
+            Command::Unmap { parameters, .. } => match parameters {
+                0 => Action::Good,
+                1..8 => return Err(Sense::PARAMETER_LENGTH),
+                _ => Action::Out {
+                    bytes: parameters.into(),
+                    then: OutAction::Unmap,
+                },
+            },
             Command::WriteSame {
                 blocks,
                 unmap,
@@ -322,7 +325,7 @@ impl LogicalUnit {
                 action,
                 allocation,
             } => data(
-                self.report_opcodes(timeouts, options, opcode, action)?,
+                opcodes::report(self.geometry.thin, timeouts, options, opcode, action)?,
                 allocation,
             ),
             Command::ReportTaskFunctions { extended, allocation } => {
@@ -363,44 +366,6 @@ impl LogicalUnit {
         }
     }
 
-    fn capacity_10(&self) -> Vec<u8> {
-        let last = self.geometry.bytes / u64::from(self.geometry.block_bytes) - 1;
-        let mut out = u32::try_from(last).unwrap_or(u32::MAX).to_be_bytes().to_vec();
-        out.extend_from_slice(&self.geometry.block_bytes.to_be_bytes());
-        out
-    }
-
-    fn capacity_16(&self) -> Vec<u8> {
-        let mut out = vec![0; 32];
-        let last = self.geometry.bytes / u64::from(self.geometry.block_bytes) - 1;
-        out[..8].copy_from_slice(&last.to_be_bytes());
-        out[8..12].copy_from_slice(&self.geometry.block_bytes.to_be_bytes());
-        let ratio = (self.geometry.physical_block_bytes / self.geometry.block_bytes).max(1);
-        out[13] = ratio.ilog2() as u8;
-        if self.geometry.thin {
-            out[14] = 0xc0; // LBPME, LBPRZ
-        }
-        out
-    }
-
-    fn report_opcodes(&self, timeouts: bool, options: u8, opcode: u8, action: u16) -> Result<Vec<u8>, Sense> {
-        let thin = self.geometry.thin;
-        let mut known = opcodes::TABLE
-            .iter()
-            .filter(|e| e.opcode == opcode && (thin || !e.thin))
-            .peekable();
-        let has_actions = known.peek().is_some_and(|entry| entry.action.is_some());
-        let entry = match options {
-            0 => return Ok(opcodes::report_all(timeouts, thin)),
-            1 if has_actions => return Err(Sense::cdb_field(2, Some(2))),
-            2 if known.peek().is_some() && !has_actions => return Err(Sense::cdb_field(2, Some(2))),
-            1 => known.next(),
-            2 | 3 => known.find(|entry| entry.action.map_or(action == 0, |own| u16::from(own) == action)),
-            _ => return Err(Sense::cdb_field(2, Some(2))),
-        };
-        Ok(opcodes::report_one(entry, timeouts))
-    }
-
     /// The ranges of an UNMAP in bytes (SBC-3 §5.28.2).
     ///
     /// # Errors
@@ -414,7 +379,8 @@ impl LogicalUnit {
         if list.len() / 16 > MAX_UNMAP_DESCRIPTORS {
             return Err(Sense::INVALID_FIELD_IN_PARAMETERS);
         }
-        list.chunks_exact(16)
+        let ranges: Vec<(u64, u64)> = list
+            .chunks_exact(16)
             .map(|descriptor| {
                 let mut lba = [0; 8];
                 lba.copy_from_slice(&descriptor[..8]);
@@ -425,7 +391,12 @@ impl LogicalUnit {
                     count: u32::from_be_bytes(count).into(),
                 })
             })
-            .collect()
+            .collect::<Result<_, Sense>>()?;
+        // No block is no write, on a write-protected unit too.
+        if ranges.iter().any(|(_, bytes)| *bytes > 0) {
+            self.writable()?;
+        }
+        Ok(ranges)
     }
 
     /// MODE SELECT with its parameters.
@@ -466,6 +437,14 @@ fn sense_data(sense: Sense, descriptor: bool, allocation: u32) -> Action {
         sense.fixed().to_vec()
     };
     data(out, allocation)
+}
+
+/// READ DEFECT DATA (SBC-3 §5.18, §5.19): lists without an entry, in the format that was asked for. Defects of the disks below
+/// are theirs to hide.
+fn no_defects(long: bool, lists: u8) -> Vec<u8> {
+    let mut out = vec![0; if long { 8 } else { 4 }];
+    out[1] = lists & 0x1f;
+    out
 }
 
 /// REPORT LUNS (SPC-4 §6.33).

@@ -132,7 +132,8 @@ async fn zero(unit: &Unit, offset: u64, bytes: u64) -> Result<(), Sense> {
 /// Writes `pattern` over and over.
 async fn repeat(unit: &Unit, offset: u64, bytes: u64, pattern: &[u8]) -> Result<(), Sense> {
     let piece = bytes.min(PIECE_BYTES) as usize;
-    let buffer: Vec<u8> = pattern.iter().copied().cycle().take(piece).collect();
+    let mut buffer = pattern.repeat(piece.div_ceil(pattern.len().max(1)));
+    buffer.truncate(piece);
     let mut done = 0;
     while done < bytes {
         let piece = (bytes - done).min(PIECE_BYTES);
@@ -202,6 +203,7 @@ pub(super) async fn out(
         } => compare_and_write(&unit, offset, bytes, &data, durable)
             .await
             .into(),
+        OutAction::OrWrite { offset, durable } => or_write(&unit, offset, &data, durable).await.into(),
         OutAction::WriteSame {
             offset,
             bytes,
@@ -271,7 +273,17 @@ async fn compare(unit: &Unit, offset: u64, bytes: u64, data: &[u8], repeated: bo
             .read(offset + done, buffer)
             .await
             .map_err(|error| unit.failed(&error, false))?;
+        // Mostly all is equal, and slices compare faster than bytes do one by one.
+        let equal = match repeated {
+            true => buffer
+                .chunks(data.len().max(1))
+                .all(|piece| data.starts_with(piece)),
+            false => data
+                .get(done as usize..)
+                .is_some_and(|data| data.starts_with(buffer)),
+        };
         let differs = match repeated {
+            _ if equal => None,
             // Pieces are whole blocks, so each begins where the pattern does.
             true => buffer.iter().zip(data.iter().cycle()).position(|(a, b)| a != b),
             false => {
@@ -302,6 +314,16 @@ async fn compare_and_write(
     let (expected, new) = data.split_at_checked(bytes as usize).ok_or(Sense::DATA_PHASE)?;
     compare(unit, offset, bytes, expected, false).await?;
     store(unit, offset, new, durable).await
+}
+
+async fn or_write(unit: &Unit, offset: u64, data: &[u8], durable: bool) -> Result<(), Sense> {
+    // Nobody writes to the unit between the read and the write (SBC-3 §5.14).
+    let _alone = unit.atomic.write().await;
+    let mut new = vec![0; data.len()];
+    let read = unit.device.read(offset, &mut new).await;
+    read.map_err(|error| unit.failed(&error, false))?;
+    new.iter_mut().zip(data).for_each(|(new, bits)| *new |= bits);
+    store(unit, offset, &new, durable).await
 }
 
 async fn write_same(

@@ -143,6 +143,7 @@ fn access(command: &Command) -> Access {
         | Command::Verify { .. }
         | Command::PreFetch { .. }
         | Command::GetLbaStatus { .. }
+        | Command::ReadDefects { .. }
         | Command::ModeSense { .. } => Access::Read,
         _ => Access::Write,
     }
