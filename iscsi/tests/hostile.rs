@@ -461,21 +461,18 @@ async fn data_that_nobody_asked_for_fail_their_command_and_no_other() {
     is_alive(&mut client).await;
     log.one_line("which no task has").await;
     // Beyond the burst, out of order, under a tag of no R2T, at another place.
-    let wrong: [fn(u32) -> (u32, u32, u32, usize); 4] = [
-        |ttt| (ttt, 0, 0, 8192),
-        |ttt| (ttt, 1, 0, 512),
-        |ttt| (ttt + 9, 0, 0, 512),
-        |ttt| (ttt, 0, 1024, 512),
-    ];
-    for (itt, wrong) in (100..).zip(wrong) {
+    // TTT beyond the R2T's, DataSN, offset, bytes.
+    for (itt, (off, data_sn, at, bytes)) in
+        (100..).zip([(0, 0, 0, 8192), (0, 1, 0, 512), (9, 0, 0, 512), (0, 0, 1024, 512)])
+    {
         let asks = write(&mut client, itt, 8);
         client.send(&asks.into(), &[]).await;
         let (Pdu::R2t(r2t), _) = client.receive().await else {
             panic!()
         };
-        let (ttt, data_sn, at, bytes) = wrong(r2t.ttt);
+        let data = vec![1; bytes];
         client
-            .send(&out(itt, ttt, data_sn, at, false).into(), &vec![1; bytes])
+            .send(&out(itt, r2t.ttt + off, data_sn, at, false).into(), &data)
             .await;
         let (answer, sense) = response(&mut client).await;
         assert_eq!((answer.itt, sense), (itt, Some(Sense::DATA_PHASE)));
