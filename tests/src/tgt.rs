@@ -99,6 +99,12 @@ impl Tgt {
         format!("iscsi://{}/{}/1", self.portal, self.target)
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its end without warning.
     ///
     /// # Errors

@@ -29,18 +29,51 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Our target and tgt with iscsi-perf as the client, in interleaved rounds: IOPS, MB/s, the server's processor time a read
+    Target {
+        /// Measured rounds; each runs every load against both targets
+        #[arg(long, default_value_t = 9)]
+        rounds: u32,
+        /// Seconds of one run of a client
+        #[arg(long, default_value_t = 2)]
+        seconds: u32,
+        /// Only the loads whose name holds this text, for instance "4K" or "1 client"
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Writes the figures to this file as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
 }
+
+/// What `bench target` needs from Debian: the peer, the client, and what says how much the loopback carries.
+const TARGET_PACKAGES: &[&str] = &["iperf3", "libiscsi-bin", "tgt"];
 
 /// Builds and becomes the bench.
 ///
 /// # Errors
 /// Something cannot be installed, built or started. It does not return otherwise.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let What::Boot { guest, rounds, json } = &args.what;
+    let (mut bench, json) = match &args.what {
+        What::Boot { guest, rounds, json } => (boot(*guest, *rounds)?, json),
+        What::Target {
+            rounds,
+            seconds,
+            only,
+            json,
+        } => (target(*rounds, *seconds, only.as_deref())?, json),
+    };
+    if let Some(file) = json {
+        bench.arg("--json").arg(file);
+    }
+    demo::become_program(&mut bench)
+}
+
+fn boot(guest: Kind, rounds: u32) -> Result<Command> {
     crate::apt::ensure_packages(demo::PACKAGES)?;
     crate::apt::ensure_packages(&["tgt"])?;
-    let image = guest::ensure(*guest)?;
-    let programs = demo::build_release()?;
+    let image = guest::ensure(guest)?;
+    let programs = demo::build_release(&["--workspace", "--exclude", "xtask"])?;
     let mut bench = Command::new(programs.join("treeboot-bench"));
     bench
         .env(demo::BIN_DIR, &programs)
@@ -49,8 +82,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .arg(image)
         .args(["--rounds", &rounds.to_string()])
         .args(["--ready-line", demo::GUEST_READY]);
-    if let Some(file) = json {
-        bench.arg("--json").arg(file);
+    Ok(bench)
+}
+
+fn target(rounds: u32, seconds: u32, only: Option<&str>) -> Result<Command> {
+    crate::apt::ensure_packages(TARGET_PACKAGES)?;
+    let programs = demo::build_release(&["-p", "treeboot", "-p", "treeboot-tests"])?;
+    let mut bench = Command::new(programs.join("treeboot-bench"));
+    bench
+        .arg("target")
+        .args(["--rounds", &rounds.to_string()])
+        .args(["--seconds", &seconds.to_string()]);
+    if let Some(only) = only {
+        bench.args(["--only", only]);
     }
-    demo::become_program(&mut bench)
+    Ok(bench)
 }

@@ -60,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(file) => (std::path::absolute(file)?, "own image"),
         None => (guest::ensure(args.guest)?, args.guest.name()),
     };
-    let programs = build_release()?;
+    let programs = build_release(&["--workspace", "--exclude", "xtask"])?;
     let mut demo = Command::new(programs.join("treeboot-demo"));
     demo.env(BIN_DIR, &programs)
         .arg("--hosts")
@@ -89,21 +89,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     become_program(&mut demo)
 }
 
-/// Builds all programs for release; gives their folder.
+/// Builds the programs of the packages that cargo's arguments name, for release; gives their folder.
 ///
 /// # Errors
 /// The build failed.
-pub(crate) fn build_release() -> Result<PathBuf> {
+pub(crate) fn build_release(packages: &[&str]) -> Result<PathBuf> {
     eprintln!("xtask: building the programs for release");
-    workspace::run(workspace::cargo()?.args([
-        "build",
-        "--release",
-        "--workspace",
-        "--exclude",
-        "xtask",
-        "--bins",
-        "--locked",
-    ]))?;
+    workspace::run(
+        workspace::cargo()?
+            .args(["build", "--release", "--bins", "--locked"])
+            .args(packages),
+    )?;
     Ok(workspace::target_dir()?.join("release"))
 }
 

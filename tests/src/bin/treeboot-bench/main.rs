@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod target;
 
 use std::process::ExitCode;
 
@@ -16,6 +17,8 @@ use treeboot_tests::scratch::{MARK, Scratch};
 enum Bench {
     /// QEMU's own time for a read during a boot: raw file, tgt, treeboot from a warm cache.
     Boot(boot::Options),
+    /// Our target beside tgt, with iscsi-perf as the client: IOPS, MB/s, the server's processor time for each read.
+    Target(target::Options),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +57,7 @@ fn work(bench: Bench) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match bench {
         Bench::Boot(options) => runtime.block_on(boot::run(&options))?,
+        Bench::Target(options) => runtime.block_on(target::run(&options))?,
     }
     Ok(ExitCode::SUCCESS)
 }
