@@ -1,4 +1,4 @@
-//! The initiator against our own target: real devices, a tree of hosts, and how fast it is.
+//! The initiator against our own target: real devices, and a tree of hosts.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -326,75 +326,4 @@ async fn a_chain_of_hosts_that_start_at_once_leaves_the_origin_to_its_child() {
     assert!(took < Duration::from_millis(500), "{took:?}");
     let sessions = origin_server.stats(&target()).expect("the target").sessions.len();
     assert_eq!(sessions, 1, "only the first host is the origin's child");
-}
-
-/// `cargo test -p treeboot-iscsi --test initiator -- --ignored --nocapture throughput`
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement"]
-async fn throughput_on_the_loopback() {
-    let (_server, at) = serve(vec![Memory::new(vec![7; 64 << 20], true)]);
-    let session = Session::connect(options(&at.to_string()))
-        .await
-        .expect("a session");
-    session.capacity(0).await.expect("capacity");
-    let name = Iqn::new("iqn.2026-11.org.example:host").unwrap();
-    let group = PathGroup::new(PathGroupOptions::new(name));
-    let spec = PathSpec {
-        portal: at.to_string(),
-        target: target(),
-        label: "parent".to_owned(),
-        data_lun: 0,
-        hash_lun: None,
-        chap: None,
-    };
-    group.set_paths(vec![spec], Vec::new());
-    until(|| group.stats()[0].state == PathState::Up).await;
-    for (depth, bytes) in [
-        (1u64, 4096u64),
-        (32, 4096),
-        (1, 65_536),
-        (16, 65_536),
-        (16, 1 << 20),
-    ] {
-        let total = if bytes == 4096 { 20_000 } else { (2 << 30) / bytes };
-        let each = total / depth;
-        let place =
-            |reader: u64, n: u64| (reader * 7919 + n * 31) * bytes % ((64 << 20) - bytes) / 4096 * 4096;
-        let begun = Instant::now();
-        let readers = (0..depth).map(|reader| {
-            let session = &session;
-            async move {
-                for n in 0..each {
-                    session
-                        .read(0, place(reader, n), bytes as u32)
-                        .await
-                        .expect("read");
-                }
-            }
-        });
-        futures_util::future::join_all(readers).await;
-        report("session", depth, bytes, each * depth, begun.elapsed());
-        let begun = Instant::now();
-        let readers = (0..depth).map(|reader| {
-            let group = &group;
-            async move {
-                for n in 0..each {
-                    let read = group.read(Lun::Data, place(reader, n), bytes as u32, &[]).await;
-                    read.expect("read");
-                }
-            }
-        });
-        futures_util::future::join_all(readers).await;
-        report("group", depth, bytes, each * depth, begun.elapsed());
-    }
-}
-
-fn report(what: &str, depth: u64, bytes: u64, reads: u64, took: Duration) {
-    let seconds = took.as_secs_f64();
-    println!(
-        "{what}: {bytes} bytes at depth {depth}: {:.0} reads/s, {:.2} GB/s, {:.0} us each",
-        reads as f64 / seconds,
-        (reads * bytes) as f64 / seconds / 1e9,
-        seconds * 1e6 * depth as f64 / reads as f64,
-    );
 }
