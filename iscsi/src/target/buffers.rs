@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::wire::Wire;
 
-/// What an idle connection keeps for input: some dozens of commands at once.
-const INPUT_BYTES: usize = 8 * 1024;
+/// What an idle connection keeps for input: more than 80 commands at once. It is most of what an idle session costs.
+const INPUT_BYTES: usize = 4 * 1024;
 /// Input buffers beyond this are given back once they are empty.
 const INPUT_KEEP_BYTES: usize = 64 * 1024;
 
