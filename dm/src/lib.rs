@@ -11,10 +11,14 @@
 //! | [`status`] | what targets report of themselves: [`Status`] | no |
 //! | `ioctl` | `Mapper`: make, change, remove and ask for devices | yes |
 //! | `loops` | files as block devices | yes |
+//! | [`bcache`] | superblocks; `Bcache`: register, attach, stop, tune | for `Bcache` |
+//! | [`group`] | the cache group: ranges, state, pace; `Group` and `Filler` | for these two |
 //!
 //! Everything that talks to the kernel blocks and has no time limit of its own: call it in `spawn_blocking`, with a limit
 //! around it. A call that hangs has a device below that hangs; it ends when that does.
 
+pub mod bcache;
+pub mod group;
 pub mod name;
 pub mod status;
 pub mod table;
@@ -22,6 +26,8 @@ mod unit;
 
 #[cfg(feature = "kernel-plane")]
 pub mod ioctl;
+#[cfg(feature = "kernel-plane")]
+mod log;
 #[cfg(feature = "kernel-plane")]
 pub mod loops;
 #[cfg(feature = "kernel-plane")]

@@ -38,6 +38,8 @@ pub enum DmDevice {
     Backing(Digest),
     /// A content's base: its part of the cache group, or, where the cache has failed, its [`Self::Verity`]. Read-only.
     Base(Digest),
+    /// The same again for LIO, which claims what it exports, as device-mapper claims a base for the disks over it. Read-only.
+    Export(Digest),
     /// A VM's disk: base and delta.
     Disk(VmName),
 }
@@ -80,6 +82,7 @@ impl fmt::Display for DmDevice {
             Self::CacheGroup => f.write_str(":cache"),
             Self::Backing(content) => write!(f, ":backing:{content}"),
             Self::Base(content) => write!(f, ":base:{content}"),
+            Self::Export(content) => write!(f, ":export:{content}"),
             Self::Disk(vm) => write!(f, ":disk:{vm}"),
         }
     }
@@ -104,6 +107,7 @@ impl FromStr for DmDevice {
             [NAME_PREFIX, "cache"] => Self::CacheGroup,
             [NAME_PREFIX, "backing", digest] => Self::Backing(content(digest)?),
             [NAME_PREFIX, "base", digest] => Self::Base(content(digest)?),
+            [NAME_PREFIX, "export", digest] => Self::Export(content(digest)?),
             [NAME_PREFIX, "disk", vm] => Self::Disk(VmName::new(vm).map_err(|_| not_ours())?),
             _ => return Err(not_ours()),
         };
@@ -133,6 +137,7 @@ mod tests {
             DmDevice::CacheGroup,
             DmDevice::Backing(content),
             DmDevice::Base(content),
+            DmDevice::Export(content),
             DmDevice::Disk("web-1".parse().unwrap()),
         ] {
             let name = device.to_string();

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 
 use crate::status::StatusError;
-use crate::{DeviceNumber, DmDevice, Missing, TableError};
+use crate::{DeviceNumber, DmDevice, Missing, Table, TableError, Target};
 
 /// Why device-mapper did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -158,4 +158,39 @@ pub(super) fn errno(error: devicemapper::DmError) -> io::Error {
         }
         other => io::Error::other(other.to_string()),
     }
+}
+
+/// Some of what is wrong with a table the kernel sees only when it is to be used; that is a refusal like any other.
+pub(super) fn refused_late(table: &Table, error: MapperError) -> MapperError {
+    match error {
+        MapperError::Ioctl {
+            device,
+            reason,
+            source,
+            ..
+        } if !reason.is_empty() => MapperError::Refused {
+            device,
+            refusal: Refusal {
+                line: line_of(table, &reason),
+                reason,
+            },
+            source,
+        },
+        other => other,
+    }
+}
+
+/// The line that a late reason means: the only one, or the one whose place below the kernel names.
+fn line_of(table: &Table, reason: &[String]) -> Option<String> {
+    if let [line] = table.lines() {
+        return Some(line.to_string());
+    }
+    let line = table.lines().iter().find(|line| {
+        let (Target::Linear { offset, .. } | Target::DropWrites { offset, .. }) = line.target else {
+            return false;
+        };
+        let place = format!("start={offset}, len={},", line.length);
+        reason.iter().any(|reason| reason.contains(&place))
+    })?;
+    Some(line.to_string())
 }

@@ -7,7 +7,6 @@
 //! - Whoever does not have both our name and our UUID is not touched.
 
 mod error;
-mod log;
 mod node;
 
 use std::fs::{self, File};
@@ -16,11 +15,11 @@ use std::path::{Path, PathBuf};
 
 use devicemapper::{DM, DevId, DeviceInfo, DmFlags, DmName, DmOptions, DmUuid};
 
+use crate::log::KernelLog;
 use crate::status::StatusLine;
 use crate::{DeviceNumber, DmDevice, Line, Missing, Sectors, Status, Table};
-use error::errno;
 pub use error::{MapperError, Refusal};
-use log::KernelLog;
+use error::{errno, refused_late};
 
 const CONTROL: &str = "/dev/mapper/control";
 
@@ -234,9 +233,16 @@ impl Mapper {
             node::ensure(device, seen.number);
             return Ok(Outcome::Identity);
         }
+        let old = self.raw(device, DmFlags::DM_STATUS_TABLE)?;
         self.load(device, seen.number, table, mode)?;
         if let Err(first) = self.resume(device) {
-            return Err(self.back_to(device, first));
+            let first = refused_late(table, first);
+            let old_mode = if seen.read_only {
+                Mode::ReadOnly
+            } else {
+                Mode::ReadWrite
+            };
+            return Err(self.back_to(device, seen.number, &old, old_mode, first));
         }
         node::ensure(device, seen.number);
         Ok(Outcome::Reloaded)
@@ -333,7 +339,7 @@ impl Mapper {
         let number = number(info.device());
         let made = self
             .load(device, number, table, mode)
-            .and_then(|()| self.resume(device));
+            .and_then(|()| self.resume(device).map_err(|error| refused_late(table, error)));
         match made {
             Ok(()) => {
                 node::ensure(device, number);
@@ -407,16 +413,27 @@ impl Mapper {
             })
     }
 
-    /// After a resume that failed: lets I/O go on, and says whether that could be done.
-    fn back_to(&self, device: &DmDevice, first: MapperError) -> MapperError {
-        let suspended = match self.find(device) {
-            Ok(Some(seen)) => seen.suspended,
-            _ => true,
-        };
-        if !suspended {
-            return first;
+    /// After a resume that failed: lets I/O go on, with the old table, and says whether that could be done.
+    fn back_to(
+        &self,
+        device: &DmDevice,
+        number: DeviceNumber,
+        old: &[RawLine],
+        mode: Mode,
+        first: MapperError,
+    ) -> MapperError {
+        match self.find(device) {
+            Ok(Some(seen)) if !seen.suspended => return first,
+            _ => {}
         }
-        match self.resume(device) {
+        // The kernel swaps tables before it resumes, so either of the two may be the one that waits.
+        let again = self.resume(device).or_else(|source| {
+            if old.is_empty() || self.try_load(device, number, old, mode).is_err() {
+                return Err(source);
+            }
+            self.resume(device)
+        });
+        match again {
             Ok(()) => first,
             Err(source) => MapperError::Undo {
                 first: first.into(),
@@ -539,7 +556,7 @@ fn failed(what: &'static str, device: &DmDevice, reason: Vec<String>, source: io
 }
 
 /// Names of the block devices over a device: of device-mapper's, their own names.
-fn holders(sys: &Path, number: DeviceNumber) -> Vec<String> {
+pub(crate) fn holders(sys: &Path, number: DeviceNumber) -> Vec<String> {
     let folder = sys.join("dev/block").join(number.to_string()).join("holders");
     let Ok(entries) = fs::read_dir(folder) else {
         return Vec::new();

@@ -96,6 +96,10 @@ pub enum Persistence {
     Transient,
 }
 
+/// Chunk of a disk's delta, 4 KiB: the block of file systems and of verity. A larger one makes each small write read the rest
+/// of its chunk from the base, thus from the parents, and takes that much more room (decision 0102, docs/figures.md).
+pub const DELTA_CHUNK: Sectors = Sectors(8);
+
 /// With an up interval of 0, dm-flakey is in its down interval at any time, whatever its length; the longest says so.
 const ALWAYS_DOWN: u32 = u32::MAX;
 
@@ -192,21 +196,19 @@ impl Table {
     }
 
     /// Whether the other table maps the same. Of a multipath device the group to begin with is left out, because the
-    /// kernel reports the group in use there.
+    /// kernel reports the group in use there; of a snapshot the chunk, because the kernel goes by the one that the delta was
+    /// made with, and reports that.
     pub fn same_mapping(&self, other: &Self) -> bool {
-        let begins_anywhere = |line: &Line| {
+        let wanted = |line: &Line| {
             let mut line = line.clone();
-            if let Target::Multipath(multipath) = &mut line.target {
-                multipath.first_group = 0;
+            match &mut line.target {
+                Target::Multipath(multipath) => multipath.first_group = 0,
+                Target::Snapshot { chunk, .. } => *chunk = Sectors(0),
+                _ => {}
             }
             line
         };
-        self.0.len() == other.0.len()
-            && self
-                .0
-                .iter()
-                .zip(&other.0)
-                .all(|(a, b)| begins_anywhere(a) == begins_anywhere(b))
+        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(|(a, b)| wanted(a) == wanted(b))
     }
 
     /// Size of the device.

@@ -223,7 +223,7 @@ fn a_gap_an_overlap_and_an_empty_line_are_refused() {
 }
 
 #[test]
-fn the_group_in_use_makes_no_difference_to_a_multipath_table() {
+fn what_the_kernel_reports_of_its_own_makes_no_difference() {
     let parse = |text: &str| text.parse::<Table>().unwrap();
     let groups = "round-robin 0 1 1 8:16 1 round-robin 0 1 1 8:48 1";
     let wanted = parse(&format!("0 64 multipath 0 0 2 1 {groups}"));
@@ -232,4 +232,7 @@ fn the_group_in_use_makes_no_difference_to_a_multipath_table() {
         "0 64 multipath 1 queue_if_no_path 0 2 1 {groups}"
     ))));
     assert!(!wanted.same_mapping(&parse("0 64 zero")));
+    let snapshot = parse("0 64 snapshot 7:0 7:1 P 8");
+    assert!(snapshot.same_mapping(&parse("0 64 snapshot 7:0 7:1 P 32")));
+    assert!(!snapshot.same_mapping(&parse("0 64 snapshot 7:0 7:2 P 8")));
 }

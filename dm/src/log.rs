@@ -1,6 +1,6 @@
 //! The kernel's reasons. device-mapper answers a bad table with `EINVAL` and writes why into the kernel's log only, so the
 //! log's lines since a call began are read from `/dev/kmsg`. Others write there too: only lines that name device-mapper, and
-//! either the device or the kind of its target, are taken, and few of them.
+//! either the device or the kind of its target, are taken, and few of them. bcache answers and explains alike.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
@@ -20,11 +20,11 @@ const MAX_RECORDS: usize = 512;
 const MAX_LINES: usize = 4;
 
 /// The log from a moment on.
-pub(super) struct KernelLog(Option<File>);
+pub(crate) struct KernelLog(Option<File>);
 
 impl KernelLog {
     /// From now on. Without the right to read the log there will be no lines.
-    pub(super) fn from_now() -> Self {
+    pub(crate) fn from_now() -> Self {
         let open = || {
             let mut file = OpenOptions::new()
                 .read(true)
@@ -37,7 +37,19 @@ impl KernelLog {
     }
 
     /// What device-mapper has said since about the device or about targets of the kinds.
-    pub(super) fn about(mut self, number: Option<DeviceNumber>, kinds: &[&str]) -> Vec<String> {
+    pub(crate) fn about(self, number: Option<DeviceNumber>, kinds: &[&str]) -> Vec<String> {
+        select(&self.messages(), number, kinds)
+    }
+
+    /// What bcache has said since.
+    pub(crate) fn of_bcache(self) -> Vec<String> {
+        let mut lines = self.messages();
+        lines.retain(|line| line.starts_with("bcache: "));
+        let excess = lines.len().saturating_sub(MAX_LINES);
+        lines.split_off(excess)
+    }
+
+    fn messages(mut self) -> Vec<String> {
         let mut messages = Vec::new();
         let mut record = vec![0; RECORD_BYTES];
         let Some(file) = &mut self.0 else {
@@ -55,7 +67,7 @@ impl KernelLog {
                 Err(_) => break,
             }
         }
-        select(&messages, number, kinds)
+        messages
     }
 }
 

@@ -1,0 +1,103 @@
+//! The cache group: a host's cache devices, shared by all its images.
+//!
+//! [`Group::open`] brings it up over the cache devices, [`Group::add`] gives the table of a content's base over it,
+//! [`Group::remove`] and [`Group::release`] take a content out, for ever or for now, while others are in use. The base itself
+//! is the caller's to make and to remove, and must be gone before its content leaves the group.
+//!
+//! | | kind bcache (the default) | kind dm-cache |
+//! | --- | --- | --- |
+//! | what a read caches | what it read, at once; some is missed at full speed | nothing; only the filler caches |
+//! | the filler | reads through it, paced | reads from verity once, writes whole blocks through the cache; the writes to the image vanish below (`Target::DropWrites`) |
+//! | cache device fails | reads go on from the parents by themselves | reads of cached blocks **fail** until the base has the table of [`uncached`] |
+//! | devices added | rebuild | in use, by opening the group again with more devices |
+//! | images in a cache's life | 512 (buckets of 64 KiB) to 4,096 (512 KiB) | 140,000 of 15 GB |
+//!
+//! **A rebuild**, for devices taken away, a failed cache or no place left: give every base the table of [`uncached`], which its
+//! users do not notice, then [`Group::discard`], then open it again and add the contents anew.
+//!
+//! **A cache that may be stale is thrown away.** Neither kind promises that a block whose address is on the disk has its bytes
+//! there too when the power goes, so a cache that was not closed before its machine restarted is begun anew.
+
+mod ranges;
+mod state;
+
+#[cfg(feature = "kernel-plane")]
+mod bcached;
+#[cfg(feature = "kernel-plane")]
+mod dm_cached;
+#[cfg(feature = "kernel-plane")]
+mod error;
+#[cfg(feature = "kernel-plane")]
+mod fill;
+#[cfg(feature = "kernel-plane")]
+mod label;
+#[cfg(feature = "kernel-plane")]
+mod open;
+mod pace;
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::{DeviceNumber, Sectors, Table, TableError, Target};
+#[cfg(feature = "kernel-plane")]
+pub use error::GroupError;
+#[cfg(feature = "kernel-plane")]
+pub use fill::{FillError, Filler};
+#[cfg(feature = "kernel-plane")]
+pub use open::{CacheDevice, Config, Group, Health};
+pub use pace::Pace;
+pub use ranges::{Range, RangeError, Ranges, SPACE};
+pub use state::{State, StateError, StateFile};
+
+/// Unit of caching of the dm-cache kind, 64 KiB: that of the user plane's chunks.
+pub const BLOCK: Sectors = Sectors(128);
+
+/// How a group caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// bcache: one set, one backing device a content.
+    #[default]
+    Bcache,
+    /// dm-cache: one cache over all contents.
+    DmCache,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bcache => "bcache",
+            Self::DmCache => "dm-cache",
+        })
+    }
+}
+
+/// Why a text is not a kind.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a kind of cache group: bcache or dm-cache")]
+pub struct KindError(pub String);
+
+impl FromStr for Kind {
+    type Err = KindError;
+    fn from_str(text: &str) -> Result<Self, KindError> {
+        match text {
+            "bcache" => Ok(Self::Bcache),
+            "dm-cache" => Ok(Self::DmCache),
+            _ => Err(KindError(text.into())),
+        }
+    }
+}
+
+/// The table of a base that is served from its verity device, past every cache.
+///
+/// # Errors
+/// [`TableError`] where `length` is 0.
+pub fn uncached(verity: DeviceNumber, length: Sectors) -> Result<Table, TableError> {
+    let offset = Sectors(0);
+    Table::whole(
+        length,
+        Target::Linear {
+            device: verity,
+            offset,
+        },
+    )
+}
