@@ -1,8 +1,8 @@
 //! What a session that does nothing costs the server in memory.
 //!
 //! `cargo run -p treeboot-iscsi --example idle_sessions -- target/debug/treeboot [SESSIONS]` starts `treeboot serve` on
-//! an image of its own, logs sessions in (1,000), and reads the server's resident memory before, after, and again when
-//! each has read and written 64 KiB.
+//! an image of its own, logs sessions in (1,000), and reads the server's resident memory before, after, when each has read
+//! and written 64 KiB, and when they have been idle for a while after that.
 
 use std::error::Error;
 use std::path::Path;
@@ -14,6 +14,8 @@ use treeboot_types::Iqn;
 
 const TARGET: &str = "iqn.2026-11.dev.treeboot:idle";
 const IMAGE_BYTES: u64 = 64 << 20;
+/// Longer than two pings of the server, after which an idle session has given back what it does not need.
+const IDLE: Duration = Duration::from_secs(40);
 const TRANSFER_BYTES: u32 = 64 * 1024;
 
 /// Ends the server whatever happens here.
@@ -101,12 +103,19 @@ async fn main() -> Result<(), Box<dyn Error>> {
         session.write(0, offset, data).await?;
     }
     let used = server.resident()?;
+    tokio::time::sleep(IDLE).await;
+    let rested = server.resident()?;
     let each = |after: u64| after.saturating_sub(before) / count.max(1);
     println!("{count} sessions with {program}: {before} bytes resident before them");
     println!("logged in: {idle} bytes, {} a session", each(idle));
     println!(
         "after 64 KiB read and written by each: {used} bytes, {} a session",
         each(used)
+    );
+    println!(
+        "idle for {} s after that: {rested} bytes, {} a session",
+        IDLE.as_secs(),
+        each(rested)
     );
     Ok(())
 }

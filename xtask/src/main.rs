@@ -8,6 +8,7 @@ mod apt;
 mod bench;
 mod demo;
 mod guest;
+mod soak;
 mod test;
 mod workspace;
 
@@ -37,6 +38,8 @@ enum Command {
     Guest(guest::Args),
     /// Everything that must hold: formatting, lints, and all tests, with real daemons and guests.
     Test(test::Args),
+    /// Fuzzes each target and runs the oracle for long; needs cargo-fuzz.
+    Soak(soak::Args),
     /// As `test`, but a test that had to be skipped is a failure.
     Ci(test::Args),
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Guest(args) => guest::run(args),
+        Command::Soak(args) => soak::run(&args),
         Command::Test(args) => test::run(&args, std::env::var_os("CI").is_some()),
         Command::Ci(args) => test::run(&args, true),
     };

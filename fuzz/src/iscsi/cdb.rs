@@ -51,6 +51,7 @@ pub fn cdb(data: &[u8]) {
             } => {
                 for (offset, bytes) in logical.unmap_ranges(parameters).unwrap_or_default() {
                     inside(offset, bytes, &geometry);
+                    assert!(bytes == 0 || !geometry.read_only, "a read-only unit changes");
                 }
             }
             Action::Out {
@@ -104,9 +105,10 @@ fn check(action: &Action, geometry: &Geometry) {
             let (range, changes) = match *then {
                 OutAction::Write { offset, .. } => ((offset, bytes), true),
                 OutAction::Compare { offset, bytes, .. } => ((offset, bytes), false),
-                OutAction::CompareAndWrite { offset, bytes, .. } => ((offset, bytes), true),
+                OutAction::CompareAndWrite { offset, bytes, .. } => ((offset, bytes), bytes > 0),
                 OutAction::WriteSame { offset, bytes, .. } => ((offset, bytes), true),
-                OutAction::Unmap => ((0, 0), true),
+                // What it names is in its parameters.
+                OutAction::Unmap => ((0, 0), false),
                 _ => ((0, 0), false),
             };
             inside(range.0, range.1, geometry);

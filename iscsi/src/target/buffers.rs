@@ -62,6 +62,14 @@ impl Input {
         Poll::Ready(Ok(bytes))
     }
 
+    /// Gives memory back where nothing waits in it; the next read takes what it needs.
+    pub(super) fn rest(&mut self) {
+        // A header is what an idle connection waits for.
+        if self.start == self.end && self.need <= INPUT_BYTES {
+            *self = Self::new();
+        }
+    }
+
     fn make_room(&mut self) {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);

@@ -456,6 +456,9 @@ impl Connection {
             return Err(End::Silent(interval));
         }
         if !self.heard {
+            // Who is idle keeps no buffers: there may be thousands of them.
+            self.pool = Pool::default();
+            self.input.rest();
             self.pinged = true;
             let ping = NopIn {
                 lun: crate::pdu::LunField(0),

@@ -1,0 +1,226 @@
+//! `cargo xtask soak`: what only time finds. Each fuzz target under libFuzzer, then the oracle of the target's data, one
+//! after another, so that they do not take each other's processor.
+//!
+//! libFuzzer needs flags that stable Rust keeps to itself; `RUSTC_BOOTSTRAP=1` lends them to this one build, so that
+//! nobody needs a second toolchain. Our crates have no `unsafe` of their own to sanitise, so no sanitizer is linked.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::workspace;
+
+/// The fuzz targets, as in `fuzz/Cargo.toml`.
+const TARGETS: &[&str] = &["pdu", "login", "cdb", "session", "dm"];
+
+/// The longest input; a session of some dozen PDUs.
+const LONGEST_BYTES: u32 = 4096;
+/// An input that takes longer hangs.
+const HANG_S: u32 = 25;
+/// A process that holds more leaks, or lets itself be filled.
+const MEMORY_MB: u32 = 2048;
+
+/// Options of `cargo xtask soak`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Minutes for each target, and for the oracle
+    #[arg(long, default_value_t = 60)]
+    minutes: u64,
+    /// Only these; 'oracle' is one of them too [default: all]
+    #[arg(value_name = "TARGET", value_parser = targets())]
+    only: Vec<String>,
+}
+
+fn targets() -> clap::builder::PossibleValuesParser {
+    TARGETS
+        .iter()
+        .copied()
+        .chain(["oracle"])
+        .collect::<Vec<_>>()
+        .into()
+}
+
+/// What came of one of them.
+struct Outcome {
+    name: &'static str,
+    seconds: u64,
+    executions: Option<u64>,
+    corpus: Option<usize>,
+    /// What was found, or why it could not run.
+    finding: Option<String>,
+}
+
+/// Runs them all; a finding in one does not keep the others from running.
+///
+/// # Errors
+/// cargo-fuzz is missing, or something was found.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| only == name);
+    let targets: Vec<_> = TARGETS.iter().copied().filter(|name| wanted(name)).collect();
+    let limit = Duration::from_secs(args.minutes * 60);
+    let logs = workspace::target_dir()?.join("soak");
+    std::fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+    if !targets.is_empty() {
+        has_cargo_fuzz()?;
+    }
+    let mut outcomes = Vec::new();
+    for name in targets {
+        eprintln!(
+            "xtask: {name} for {} min; its log is {}",
+            args.minutes,
+            log_of(&logs, name).display()
+        );
+        outcomes.push(fuzz(name, limit, &logs)?);
+    }
+    if wanted("oracle") {
+        eprintln!(
+            "xtask: oracle for {} min; its log is {}",
+            args.minutes,
+            log_of(&logs, "oracle").display()
+        );
+        outcomes.push(oracle(limit, &logs)?);
+    }
+    println!("target     seconds   executions   corpus   found");
+    for outcome in &outcomes {
+        let shown = |number: Option<u64>| number.map_or_else(|| "-".to_owned(), |number| number.to_string());
+        println!(
+            "{:<8} {:>9} {:>12} {:>8}   {}",
+            outcome.name,
+            outcome.seconds,
+            shown(outcome.executions),
+            shown(outcome.corpus.map(|files| files as u64)),
+            outcome.finding.as_deref().unwrap_or("nothing"),
+        );
+    }
+    ensure!(
+        outcomes.iter().all(|outcome| outcome.finding.is_none()),
+        "the soak found something"
+    );
+    Ok(())
+}
+
+fn log_of(logs: &Path, name: &str) -> PathBuf {
+    logs.join(format!("{name}.log"))
+}
+
+fn has_cargo_fuzz() -> Result<()> {
+    let there = workspace::cargo()?
+        .args(["fuzz", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()?
+        .success();
+    if !there {
+        bail!(
+            "cargo-fuzz is missing; install it with: cargo install cargo-fuzz (it also needs a C++ compiler: apt-get install g++)"
+        );
+    }
+    Ok(())
+}
+
+/// Runs a command with all its output in a log.
+fn logged(command: &mut Command, log: &Path) -> Result<(bool, Duration, String)> {
+    let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let began = Instant::now();
+    let status = command
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .status()
+        .with_context(|| format!("could not start {command:?}"))?;
+    let text = std::fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    Ok((status.success(), began.elapsed(), text))
+}
+
+fn cargo_fuzz(verb: &str) -> Result<Command> {
+    let mut cargo = workspace::cargo()?;
+    cargo
+        .env("RUSTC_BOOTSTRAP", "1")
+        .args(["fuzz", verb, "--sanitizer", "none"]);
+    Ok(cargo)
+}
+
+fn fuzz(name: &'static str, limit: Duration, logs: &Path) -> Result<Outcome> {
+    let fuzz = workspace::root()?.join("fuzz");
+    let (corpus, seeds) = (fuzz.join("corpus").join(name), fuzz.join("seeds").join(name));
+    std::fs::create_dir_all(&corpus).with_context(|| format!("cannot make {}", corpus.display()))?;
+    // Apart, so that building counts for nobody's time.
+    workspace::run(cargo_fuzz("build")?.arg(name))?;
+    let log = log_of(logs, name);
+    let (well, took, text) = logged(
+        // New inputs go to the first folder and stay there.
+        cargo_fuzz("run")?
+            .arg(name)
+            .args([&corpus, &seeds])
+            .arg("--")
+            .args([
+                format!("-max_total_time={}", limit.as_secs()),
+                format!("-max_len={LONGEST_BYTES}"),
+                format!("-timeout={HANG_S}"),
+                format!("-rss_limit_mb={MEMORY_MB}"),
+                "-print_final_stats=1".to_owned(),
+            ]),
+        &log,
+    )?;
+    let executions = text
+        .lines()
+        .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))
+        .and_then(|number| number.trim().parse().ok());
+    let artifact = text.lines().find_map(|line| {
+        line.split_once("Test unit written to ")
+            .map(|(_, path)| path.to_owned())
+    });
+    let finding = match (well, artifact) {
+        (true, _) => None,
+        (false, Some(input)) => Some(input),
+        (false, None) => Some(format!("it could not run, see {}", log.display())),
+    };
+    let files = std::fs::read_dir(&corpus).map(Iterator::count).ok();
+    Ok(Outcome {
+        name,
+        seconds: took.as_secs(),
+        executions,
+        corpus: files,
+        finding,
+    })
+}
+
+/// Another one each time; the log holds it.
+fn new_seed() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(1, |since| since.as_secs())
+}
+
+fn oracle(limit: Duration, logs: &Path) -> Result<Outcome> {
+    let mut cargo = workspace::cargo()?;
+    cargo
+        .args([
+            "test",
+            "--locked",
+            "-p",
+            "treeboot-iscsi",
+            "--test",
+            "oracle",
+            "--",
+            "--nocapture",
+        ])
+        .env("TREEBOOT_ORACLE_SECONDS", limit.as_secs().to_string())
+        .env("TREEBOOT_SEED", new_seed().to_string());
+    let log = log_of(logs, "oracle");
+    let (well, took, text) = logged(&mut cargo, &log)?;
+    let commands = text.lines().find_map(|line| {
+        let (_, rest) = line.split_once(" rounds, ")?;
+        rest.split_once(" commands")?.0.parse().ok()
+    });
+    Ok(Outcome {
+        name: "oracle",
+        seconds: took.as_secs(),
+        executions: commands,
+        corpus: None,
+        finding: (!well).then(|| format!("see {}", log.display())),
+    })
+}
