@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -188,13 +188,6 @@ fn fuzz(name: &'static str, limit: Duration, logs: &Path) -> Result<Outcome> {
     })
 }
 
-/// Another one each time; the log holds it.
-fn new_seed() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(1, |since| since.as_secs())
-}
-
 fn oracle(limit: Duration, logs: &Path) -> Result<Outcome> {
     let mut cargo = workspace::cargo()?;
     cargo
@@ -209,7 +202,8 @@ fn oracle(limit: Duration, logs: &Path) -> Result<Outcome> {
             "--nocapture",
         ])
         .env("TREEBOOT_ORACLE_SECONDS", limit.as_secs().to_string())
-        .env("TREEBOOT_SEED", new_seed().to_string());
+        // Another one each time; the log holds it.
+        .env("TREEBOOT_SEED", std::process::id().to_string());
     let log = log_of(logs, "oracle");
     let (well, took, text) = logged(&mut cargo, &log)?;
     let commands = text.lines().find_map(|line| {
