@@ -46,6 +46,12 @@ impl Binaries {
         Ok(Self { folder })
     }
 
+    /// The folder they are in.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// The daemon that places hosts.
     #[must_use]
     pub fn coordinator(&self) -> PathBuf {
@@ -64,6 +70,21 @@ impl Binaries {
         self.folder.join("treeboot")
     }
 
+    /// A program of the tests' own, by its name.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn test_program(&self, name: &str) -> Result<PathBuf> {
+        let path = self.folder.join(name);
+        if !path.is_file() {
+            bail!(
+                "{} is not there; `cargo build -p treeboot-tests --features kernel-plane --bins` makes it",
+                path.display()
+            );
+        }
+        Ok(path)
+    }
+
     /// Where tests leave what a failure's reader needs: beside the programs.
     #[must_use]
     pub fn evidence(&self) -> PathBuf {
@@ -80,6 +101,9 @@ fn build(folder: &Path) -> Result<()> {
     }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--workspace", "--all-targets", "--quiet"]);
+    if cfg!(feature = "kernel-plane") {
+        cargo.args(["--features", "kernel-plane"]);
+    }
     if folder.ends_with("release") {
         cargo.arg("--release");
     }

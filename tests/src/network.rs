@@ -16,6 +16,11 @@ use crate::scratch::Scratch;
 /// The network's addresses: 10.0.0.1 beside 10.0.0.10 on purpose, which a substring match takes for each other.
 const HUB: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 254));
 
+/// The hub's address on the control network.
+const CONTROL_HUB: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 255, 0, 254));
+/// Guests' addresses count from here, beyond those of hosts in namespaces.
+const FIRST_GUEST: usize = 10;
+
 /// A bridge with hosts around it.
 #[derive(Debug)]
 pub struct Network {
@@ -73,9 +78,7 @@ impl Network {
     /// # Errors
     /// The right to do so is missing.
     pub fn enter(&self) -> Result<()> {
-        let path = format!("/run/netns/{}", self.hub);
-        let file = File::open(&path).with_context(|| format!("could not open {path}"))?;
-        setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("could not enter {path}"))
+        enter(&self.hub)
     }
 
     /// The name of a host's namespace.
@@ -100,6 +103,101 @@ impl Network {
         ip(&format!("-n {hub} tuntap add dev {tap} mode tap"))?;
         ip(&format!("-n {hub} link set {tap} master hub up"))?;
         Ok(tap)
+    }
+
+    /// Adds the control network: a bridge of its own in the hub's namespace, for links that are neither shaped nor cut.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn add_control(&self) -> Result<()> {
+        let hub = &self.hub;
+        ip(&format!("-n {hub} link add control type bridge stp_state 0"))?;
+        ip(&format!("-n {hub} addr add {CONTROL_HUB}/24 dev control"))?;
+        ip(&format!("-n {hub} link set control up"))?;
+        Ok(())
+    }
+
+    /// Adds a tap to the control network; gives its name.
+    ///
+    /// # Errors
+    /// `ip` failed, or there is no control network.
+    pub fn add_control_tap(&self, index: usize) -> Result<String> {
+        let (hub, tap) = (&self.hub, format!("control{index}"));
+        ip(&format!("-n {hub} tuntap add dev {tap} mode tap"))?;
+        ip(&format!("-n {hub} link set {tap} master control up"))?;
+        Ok(tap)
+    }
+
+    /// The address of a guest of this number, from 1: 10.0.0.11.
+    ///
+    /// # Errors
+    /// There is none left.
+    pub fn guest_address(&self, number: usize) -> Result<IpAddr> {
+        Ok(IpAddr::V4(Ipv4Addr::new(10, 0, 0, guest(number)?)))
+    }
+
+    /// Its address on the control network.
+    ///
+    /// # Errors
+    /// There is none left.
+    pub fn guest_control_address(&self, number: usize) -> Result<IpAddr> {
+        Ok(IpAddr::V4(Ipv4Addr::new(10, 255, 0, guest(number)?)))
+    }
+
+    /// What `tc` is told for a link of this speed. Its burst holds what passes in 10 ms, the longest tick of a guest's kernel.
+    #[must_use]
+    pub fn shape(rate_mbit: u32) -> String {
+        let burst_kb = (u64::from(rate_mbit) * 10 / 8).max(128);
+        format!("tbf rate {rate_mbit}mbit burst {burst_kb}kb latency 50ms")
+    }
+
+    /// Gives a host's link this speed, in both directions.
+    ///
+    /// # Errors
+    /// `tc` failed.
+    pub fn shape_host(&self, host: usize, rate_mbit: u32) -> Result<()> {
+        let shape = Self::shape(rate_mbit);
+        let (hub, namespace) = (&self.hub, self.namespace(host));
+        run(
+            "tc",
+            &format!("-n {hub} qdisc replace dev port{host} root {shape}"),
+        )?;
+        run(
+            "tc",
+            &format!("-n {namespace} qdisc replace dev eth0 root {shape}"),
+        )?;
+        Ok(())
+    }
+
+    /// Gives a tap this speed towards its guest; the other direction is the guest's to shape.
+    ///
+    /// # Errors
+    /// `tc` failed.
+    pub fn shape_tap(&self, index: usize, rate_mbit: u32) -> Result<()> {
+        let (hub, shape) = (&self.hub, Self::shape(rate_mbit));
+        run(
+            "tc",
+            &format!("-n {hub} qdisc replace dev tap{index} root {shape}"),
+        )?;
+        Ok(())
+    }
+
+    /// Takes a guest's tap down, as [`Network::cut`] does with a host's link.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn cut_tap(&self, index: usize) -> Result<()> {
+        ip(&format!("-n {} link set tap{index} down", self.hub))?;
+        Ok(())
+    }
+
+    /// Undoes [`Network::cut_tap`].
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn mend_tap(&self, index: usize) -> Result<()> {
+        ip(&format!("-n {} link set tap{index} up", self.hub))?;
+        Ok(())
     }
 
     /// The name of the hub's namespace.
@@ -159,14 +257,36 @@ impl Network {
     }
 }
 
+/// Moves the calling thread into a namespace, for good.
+///
+/// # Errors
+/// There is none of this name, or the right to do so is missing.
+pub fn enter(namespace: &str) -> Result<()> {
+    let path = format!("/run/netns/{namespace}");
+    let file = File::open(&path).with_context(|| format!("could not open {path}"))?;
+    setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("could not enter {path}"))
+}
+
+fn guest(number: usize) -> Result<u8> {
+    // .200 and above are other guests', .254 is the hub.
+    u8::try_from(FIRST_GUEST + number)
+        .ok()
+        .filter(|last| *last < 200)
+        .with_context(|| format!("a network has no address for guest {number}"))
+}
+
 fn ip(arguments: &str) -> Result<String> {
-    let output = Command::new("ip")
+    run("ip", arguments)
+}
+
+fn run(program: &str, arguments: &str) -> Result<String> {
+    let output = Command::new(program)
         .args(arguments.split(' '))
         .output()
-        .context("could not start ip (apt-get install iproute2)")?;
+        .with_context(|| format!("could not start {program} (apt-get install iproute2)"))?;
     if !output.status.success() {
         bail!(
-            "ip {arguments}: {}",
+            "{program} {arguments}: {}",
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }

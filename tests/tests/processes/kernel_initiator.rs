@@ -127,6 +127,7 @@ async fn guest(scratch: &Scratch, network: &Network, script: &str) -> Result<Gue
             name: "initiator",
             memory_mib: 192,
             modules,
+            disk_bytes: None,
             script,
         },
     )
