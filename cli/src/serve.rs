@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use treeboot_block::BlockDevice;
+use treeboot_iscsi::scsi::alua::PortGroup;
 use treeboot_iscsi::target::{
     Access, AddTargetError, BindError, LunSpec, ReservationFile, ReservationFileError, Server, ServerConfig,
     TargetOptions, TargetSpec, TargetStats,
@@ -184,6 +185,17 @@ fn bind(portals: &[SocketAddr]) -> Result<Server, Failure> {
     })
 }
 
+/// Two servers of one image are two paths to it, so their groups of ports differ: by what they listen on.
+fn port_group(server: &Server, name: &Iqn) -> PortGroup {
+    let urls: Vec<_> = server
+        .local_addrs()
+        .iter()
+        .map(|portal| url(*portal, name))
+        .collect();
+    let digest = Sha256::digest(urls.join(" "));
+    PortGroup::new(u16::from_be_bytes([digest[0], digest[1]])).unwrap_or(PortGroup::MIN)
+}
+
 fn reservations(path: &Path) -> Result<ReservationFile, Failure> {
     ReservationFile::open(path).map_err(|error| {
         let exit = match &error {
@@ -224,7 +236,9 @@ fn add(
         access,
     };
     let options = TargetOptions {
+        port_group: port_group(server, name),
         reservations: reservations.into_iter().map(|file| (DATA_LUN, file)).collect(),
+        ..TargetOptions::default()
     };
     server.add_target_with(spec, options).map_err(|error| {
         let failure = Failure::new(Exit::Failed, chain(&error));

@@ -29,6 +29,7 @@ fn start_spec(spec: TargetSpec, file: Option<&Path>) -> Result<Server, AddTarget
     let file = file.map(|path| (0, ReservationFile::open(path).unwrap()));
     let options = TargetOptions {
         reservations: file.into_iter().collect(),
+        ..TargetOptions::default()
     };
     server.add_target_with(spec, options)?;
     Ok(server)

@@ -45,6 +45,18 @@ pub(super) fn inquiry(allocation: u16) -> Cdb {
     cdb(&[0x12, 0, 0, high, low])
 }
 
+/// INQUIRY of a page of vital product data.
+pub(super) fn inquiry_page(page: u8, allocation: u16) -> Cdb {
+    let [high, low] = allocation.to_be_bytes();
+    cdb(&[0x12, 1, page, high, low])
+}
+
+/// REPORT TARGET PORT GROUPS, in the short form.
+pub(super) fn report_target_port_groups(allocation: u32) -> Cdb {
+    let [a, b, c, d] = allocation.to_be_bytes();
+    cdb(&[0xa3, 0x0a, 0, 0, 0, 0, a, b, c, d])
+}
+
 pub(super) fn read_capacity_10() -> Cdb {
     cdb(&[0x25])
 }

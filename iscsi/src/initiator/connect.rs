@@ -87,6 +87,7 @@ pub(super) struct Who<'a> {
 pub(super) async fn log_in(portal: &str, who: Who<'_>) -> Result<LoggedIn, ConnectError> {
     let mut at = portal.to_owned();
     let mut sha256 = true;
+    let mut seen = vec![at.clone()];
     for _ in 0..=REDIRECTS {
         let (stream, peer) = open(&at).await?;
         let mut wire = Wire {
@@ -101,13 +102,20 @@ pub(super) async fn log_in(portal: &str, who: Who<'_>) -> Result<LoggedIn, Conne
                     terms,
                 });
             }
-            Outcome::Moved(to) => at = to,
+            Outcome::Moved(to) if seen.contains(&to) => {
+                at = to; // a circle
+                break;
+            }
+            Outcome::Moved(to) => {
+                seen.push(to.clone());
+                at = to;
+            }
             Outcome::Misread => sha256 = false,
         }
     }
     Err(ConnectError::Redirects {
         target: target_name(who.target),
-        times: REDIRECTS + 1,
+        times: seen.len() as u32,
         portal: at,
     })
 }
@@ -194,6 +202,11 @@ async fn negotiate(wire: &mut Wire, who: Who<'_>, sha256: bool) -> Result<Outcom
                     header_digest: agreed.header_digest,
                     data_digest: agreed.data_digest,
                     max_send_bytes: agreed.peer_max_recv_bytes,
+                    unsolicited_bytes: if agreed.initial_r2t {
+                        0
+                    } else {
+                        agreed.first_burst_bytes
+                    },
                     immediate_bytes: if agreed.immediate_data { immediate } else { 0 },
                     cmd_sn: established.cmd_sn,
                     exp_stat_sn: established.stat_sn,

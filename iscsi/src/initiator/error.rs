@@ -56,6 +56,19 @@ impl SenseCode {
         self.key == UNIT_ATTENTION
     }
 
+    /// The state of access to the unit (ALUA) changed, or does not allow the command: who asks for the state learns more.
+    pub fn is_about_access(self) -> bool {
+        matches!(
+            (self.key, self.asc, self.ascq),
+            (UNIT_ATTENTION, 0x2a, 0x06) | (NOT_READY, 0x04, 0x0a..=0x0c)
+        )
+    }
+
+    /// ASYMMETRIC ACCESS STATE TRANSITION: the same command may succeed in a moment.
+    pub fn is_transition(self) -> bool {
+        (self.key, self.asc, self.ascq) == (NOT_READY, 0x04, 0x0a)
+    }
+
     /// INVALID COMMAND OPERATION CODE: the target does not know the command.
     pub fn is_invalid_opcode(self) -> bool {
         (self.key, self.asc) == (ILLEGAL_REQUEST, 0x20)

@@ -60,6 +60,8 @@ pub(super) struct Terms {
     pub(super) max_send_bytes: u32,
     /// The most that a write sends with its command, in bytes; 0 without immediate data.
     pub(super) immediate_bytes: u32,
+    /// The most that a write sends without being asked, immediate data included, in bytes; 0 with InitialR2T=Yes.
+    pub(super) unsolicited_bytes: u32,
     /// The session's first CmdSN.
     pub(super) cmd_sn: u32,
     /// The next StatSN.

@@ -21,6 +21,7 @@ use super::paths::{
     PathStats, Paths, ReadId,
 };
 use super::session::{Digests, Session, SessionOptions, SessionTimeouts};
+use crate::scsi::alua::Reported;
 
 /// How a group behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +73,10 @@ fn each(failure: &Failure) -> String {
         .map(|p| format!("{} ({}): {}", p.label, p.portal, p.why));
     each.collect::<Vec<_>>().join("; ")
 }
+
+/// How often a target is asked for the state of access to its unit while that is not one for reads. A change back comes
+/// with no message of its own.
+const ACCESS_AGAIN: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// What a waiting read is told.
 enum Order {
@@ -296,10 +301,12 @@ impl PathGroup {
         }
     }
 
-    fn link_is_up(&self, path: PathId, link: LinkId, session: Arc<Session>) {
+    fn link_is_up(&self, path: PathId, link: LinkId, session: Arc<Session>, access: Reported) {
         let mut state = self.state.lock();
         if let Some(connected) = state.links.get_mut(&link) {
             connected.session = Some(session);
+            // First, so that no read goes to a path that would refuse it.
+            self.step_locked(&mut state, Event::Access { path, link, access });
             self.step_locked(&mut state, Event::Connected { path, link });
         }
     }
@@ -410,13 +417,13 @@ async fn run_link(group: Weak<PathGroup>, path: PathId, link: LinkId, spec: Path
     };
     let limit_ms = options.timeouts.connect_ms;
     let why = match super::connect::within(limit_ms, &spec.portal, open(options, &spec)).await {
-        Ok(session) => {
+        Ok((session, access)) => {
             let session = Arc::new(session);
             tracing::info!(path = path.0, label = %spec.label, portal = %spec.portal, "path up");
             let Some(strong) = group.upgrade() else { return };
-            strong.link_is_up(path, link, session.clone());
+            strong.link_is_up(path, link, session.clone(), access);
             drop(strong);
-            watch(&group, path, link, session).await
+            watch(&group, path, link, (session, access), spec.data_lun).await
         }
         Err(error) => with_causes(&error),
     };
@@ -426,15 +433,18 @@ async fn run_link(group: Weak<PathGroup>, path: PathId, link: LinkId, spec: Path
     }
 }
 
-/// A path is up once its session knows the sizes of its LUNs, so that a read is a single command.
-async fn open(options: SessionOptions, spec: &PathSpec) -> Result<Session, ConnectError> {
+/// A path is up once its session knows the sizes of its LUNs, so that a read is a single command, and in which state
+/// the access to its data is.
+async fn open(options: SessionOptions, spec: &PathSpec) -> Result<(Session, Reported), ConnectError> {
     let session = Session::connect(options).await?;
     let luns = [Some(spec.data_lun), spec.hash_lun];
     let capacities = luns.into_iter().flatten().map(|lun| {
         let session = &session;
         async move { (lun, session.capacity(lun).await) }
     });
-    for (lun, capacity) in futures_util::future::join_all(capacities).await {
+    let capacities = futures_util::future::join_all(capacities);
+    let (capacities, access) = tokio::join!(capacities, access(&session, spec.data_lun));
+    for (lun, capacity) in capacities {
         capacity.map_err(|source| ConnectError::Lun {
             portal: spec.portal.clone(),
             target: spec.target.clone(),
@@ -442,14 +452,39 @@ async fn open(options: SessionOptions, spec: &PathSpec) -> Result<Session, Conne
             source,
         })?;
     }
-    Ok(session)
+    Ok((session, access))
 }
 
-/// Reports silence; ends with the session, and says why.
-async fn watch(group: &Weak<PathGroup>, path: PathId, link: LinkId, session: Arc<Session>) -> String {
+/// The state of access; the best where the target knows none or does not say.
+async fn access(session: &Session, lun: u16) -> Reported {
+    match session.access(lun).await {
+        Ok(Some(access)) => access,
+        Ok(None) => Reported::Optimized,
+        Err(error) => {
+            tracing::debug!(
+                portal = session.portal(),
+                why = with_causes(&error),
+                "no state of access"
+            );
+            Reported::Optimized
+        }
+    }
+}
+
+/// Reports silence and changes of the state of access; ends with the session, and says why.
+async fn watch(
+    group: &Weak<PathGroup>,
+    path: PathId,
+    link: LinkId,
+    (session, mut accessible): (Arc<Session>, Reported),
+    lun: u16,
+) -> String {
     let mut health = session.health();
+    let mut news = session.access_news();
     // The group's own reference is the one that keeps the session alive.
+    let weak = Arc::downgrade(&session);
     drop(session);
+    let mut asking: Option<Pin<Box<dyn Future<Output = Reported> + Send>>> = None;
     loop {
         let now = health.borrow_and_update().clone();
         let silent = match now {
@@ -462,8 +497,26 @@ async fn watch(group: &Weak<PathGroup>, path: PathId, link: LinkId, session: Arc
         };
         strong.step(Event::Suspected { path, link, silent });
         drop(strong);
-        if health.changed().await.is_err() {
-            return "the session's task is gone".to_owned();
+        let settled = matches!(accessible, Reported::Optimized | Reported::NonOptimized);
+        let ask = tokio::select! {
+            changed = health.changed() => match changed {
+                Ok(()) => false,
+                Err(_) => return "the session's task is gone".to_owned(),
+            },
+            Some(access) = async { Some(asking.as_mut()?.await) }, if asking.is_some() => {
+                asking = None;
+                accessible = access;
+                let Some(strong) = group.upgrade() else { return String::new() };
+                strong.step(Event::Access { path, link, access });
+                false
+            }
+            Ok(()) = news.changed(), if asking.is_none() => true,
+            () = tokio::time::sleep(ACCESS_AGAIN), if !settled && asking.is_none() => true,
+        };
+        if ask && let Some(session) = weak.upgrade() {
+            // What asking itself hears is no news.
+            news.mark_unchanged();
+            asking = Some(Box::pin(async move { access(&session, lun).await }));
         }
     }
 }

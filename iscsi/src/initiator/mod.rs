@@ -15,6 +15,7 @@ mod paths;
 mod remote;
 mod session;
 
+pub use crate::scsi::alua::Reported as AccessReported;
 pub use command::{Capacity, Identity};
 pub use connect::discover;
 pub use error::{CommandError, ConnectError, ProtocolError, SenseCode, SessionEnd};
@@ -25,4 +26,4 @@ pub use paths::{
     PathSpec, PathState, PathStats,
 };
 pub use remote::RemoteDevice;
-pub use session::{Digests, Session, SessionOptions, SessionTimeouts};
+pub use session::{CommandData, Digests, Session, SessionOptions, SessionTimeouts};

@@ -1,5 +1,8 @@
 //! A LUN of some target as a block device.
 
+use std::future::Future;
+use std::time::Duration;
+
 use bytes::Bytes;
 use treeboot_block::{BlockDevice, BlockError, Extent, Geometry, IoFuture, Provisioning};
 
@@ -8,6 +11,29 @@ use super::session::{Session, SessionOptions};
 
 /// Bytes of zeroes that a discard writes at once.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// How long, and how often, a unit between two states of access (ALUA) is asked again: a relay or an array has settled
+/// by then, and a guest's own limit on a command is three times that.
+const TRANSITION: Duration = Duration::from_secs(10);
+const TRANSITION_PAUSE: Duration = Duration::from_millis(50);
+
+/// Repeats what a unit refuses only because it is between two states of access.
+async fn settled<T, F>(mut work: impl FnMut() -> F) -> Result<T, CommandError>
+where
+    F: Future<Output = Result<T, CommandError>>,
+{
+    let until = tokio::time::Instant::now() + TRANSITION;
+    loop {
+        match work().await {
+            Err(CommandError::Sense(sense))
+                if sense.is_transition() && tokio::time::Instant::now() < until =>
+            {
+                tokio::time::sleep(TRANSITION_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
+}
 
 /// One LUN over one session. When the session ends, every operation fails with [`BlockError::Unavailable`]: there
 /// is no reconnect; [`PathGroup`](super::PathGroup) is for that.
@@ -32,7 +58,7 @@ impl RemoteDevice {
             lun,
             source,
         };
-        match geometry(&session, lun).await {
+        match settled(|| geometry(&session, lun)).await {
             Ok(geometry) => Ok(Self {
                 session,
                 lun,
@@ -81,7 +107,7 @@ impl RemoteDevice {
         if bytes == 0 {
             return Ok(());
         }
-        let done = self.session.write(self.lun, offset, data).await;
+        let done = settled(|| self.session.write(self.lun, offset, data.clone())).await;
         done.map_err(|error| self.error(error, offset, bytes))
     }
 }
@@ -116,7 +142,7 @@ impl BlockDevice for RemoteDevice {
             let mut at = offset;
             // Pieces of a gibibyte keep lengths within the 32 bits of a command; the session splits further.
             for piece in buf.chunks_mut(1 << 30) {
-                let data = self.session.read(self.lun, at, piece.len() as u32).await;
+                let data = settled(|| self.session.read(self.lun, at, piece.len() as u32)).await;
                 piece.copy_from_slice(&data.map_err(|error| self.error(error, offset, whole))?);
                 at += piece.len() as u64;
             }
@@ -133,7 +159,7 @@ impl BlockDevice for RemoteDevice {
 
     fn flush(&self) -> IoFuture<'_, ()> {
         Box::pin(async move {
-            let done = self.session.flush(self.lun).await;
+            let done = settled(|| self.session.flush(self.lun)).await;
             done.map_err(|error| self.error(error, 0, self.geometry.bytes))
         })
     }

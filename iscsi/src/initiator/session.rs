@@ -16,6 +16,7 @@ use super::error::{CommandError, ConnectError, SessionEnd};
 use super::exchange::{Completed, Exchange, Job, SLOTS, Transfer};
 use super::liveness::{Liveness, Silence};
 use crate::login::{Chap, DigestTerms};
+use crate::scsi::alua::{self, Reported};
 
 /// The most that one command reads or writes; longer requests are split. It fits one Data-In PDU.
 const MAX_COMMAND_BYTES: u32 = 1 << 20;
@@ -104,12 +105,25 @@ impl SessionOptions {
     }
 }
 
+/// Which data a [`command`](Session::command) has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CommandData {
+    /// None.
+    None,
+    /// Up to so many bytes from the target.
+    In(u32),
+    /// These, for the target.
+    Out(Bytes),
+}
+
 /// A session in full feature phase. Dropping it logs out in the background.
 #[derive(Debug)]
 pub struct Session {
     jobs: mpsc::Sender<Job>,
     health: watch::Receiver<Health>,
     capacities: Mutex<BTreeMap<u16, Capacity>>,
+    /// How often something was heard of another state of access.
+    access_news: watch::Sender<u64>,
     portal: String,
     target: Iqn,
     peer: SocketAddr,
@@ -154,6 +168,7 @@ impl Session {
             jobs,
             health,
             capacities: Mutex::default(),
+            access_news: watch::Sender::new(0),
             portal,
             target,
             peer: logged_in.peer,
@@ -184,6 +199,11 @@ impl Session {
             // The task died without a word; only a bug of ours can do that.
             _ => SessionEnd::Closed,
         }
+    }
+
+    /// Changes when a command hears that the state of access to a unit changed or forbids it.
+    pub(super) fn access_news(&self) -> watch::Receiver<u64> {
+        self.access_news.subscribe()
     }
 
     /// How the session is, and its changes.
@@ -322,6 +342,48 @@ impl Session {
         command::parse_inquiry(&done.data).ok_or(CommandError::Answer { command: "INQUIRY" })
     }
 
+    /// In which state the access to the unit is by way of this target (ALUA); `None`: the target knows no such states.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub async fn access(&self, lun: u16) -> Result<Option<Reported>, CommandError> {
+        const BYTES: u16 = 1024;
+        let get = |cdb| self.perform(lun, cdb, Transfer::Read(BYTES.into()));
+        let standard = self
+            .perform(lun, command::inquiry(36), Transfer::Read(36))
+            .await?;
+        if alua::tpgs(&standard.data) == 0 {
+            return Ok(None);
+        }
+        let (page, report) = tokio::join!(
+            get(command::inquiry_page(0x83, BYTES)),
+            get(command::report_target_port_groups(BYTES.into())),
+        );
+        let group = alua::own_group(&page?.data);
+        alua::state_of(&report?.data, group)
+            .map(Some)
+            .ok_or(CommandError::Answer {
+                command: "REPORT TARGET PORT GROUPS",
+            })
+    }
+
+    /// Carries out a command that no other function is for; `cdb` has up to 16 bytes. Gives the data that came in.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub async fn command(&self, lun: u16, cdb: &[u8], data: CommandData) -> Result<Bytes, CommandError> {
+        let mut whole = [0; 16];
+        for (to, from) in whole.iter_mut().zip(cdb) {
+            *to = *from;
+        }
+        let transfer = match data {
+            CommandData::None => Transfer::None,
+            CommandData::In(bytes) => Transfer::Read(bytes),
+            CommandData::Out(data) => Transfer::Write(data),
+        };
+        self.perform(lun, whole, transfer).await.map(|done| done.data)
+    }
+
     /// Whether the unit takes commands (TEST UNIT READY); clears its unit attentions.
     ///
     /// # Errors
@@ -393,7 +455,12 @@ impl Session {
             return Err(CommandError::Lost(self.ended().await));
         }
         match answer.await {
-            Ok(result) => result,
+            Ok(result) => {
+                if matches!(&result, Err(CommandError::Sense(sense)) if sense.is_about_access()) {
+                    self.access_news.send_modify(|news| *news = news.wrapping_add(1));
+                }
+                result
+            }
             Err(_) => Err(CommandError::Lost(self.ended().await)),
         }
     }

@@ -56,6 +56,16 @@ pub enum Refusal {
     /// The target is being removed or the server stops.
     #[error("the target '{0}' is being removed")]
     Unavailable(Iqn),
+    /// The target is elsewhere.
+    #[error("the target '{target}' has moved to {address}")]
+    Moved {
+        /// The target.
+        target: Iqn,
+        /// `host[:port]`, an IPv6 address in brackets.
+        address: String,
+        /// For good.
+        permanently: bool,
+    },
     /// No more sessions.
     #[error("the limit of {0} sessions is reached")]
     TooMany(usize),
@@ -119,6 +129,10 @@ impl Refusal {
             Self::NotFound(_) => status::NOT_FOUND,
             Self::Forbidden { .. } => status::AUTHORIZATION_FAILURE,
             Self::Unavailable(_) => status::SERVICE_UNAVAILABLE,
+            Self::Moved {
+                permanently: false, ..
+            } => status::MOVED_TEMPORARILY,
+            Self::Moved { .. } => status::MOVED_PERMANENTLY,
             Self::TooMany(_) => status::OUT_OF_RESOURCES,
             Self::Missing(_) => status::MISSING_PARAMETER,
             Self::Authentication(_) => status::AUTHENTICATION_FAILURE,
@@ -252,9 +266,13 @@ impl TargetLogin {
                 (response.status_class, response.status_detail) = refusal.status();
                 response.transit = false;
                 response.next_stage = 0;
+                let mut text = Vec::new();
+                if let Refusal::Moved { address, .. } = &refusal {
+                    append_key(&mut text, "TargetAddress", address);
+                }
                 Reply {
                     response,
-                    text: Vec::new(),
+                    text,
                     then: Then::Close(refusal),
                 }
             }

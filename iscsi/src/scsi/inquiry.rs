@@ -2,6 +2,7 @@
 
 use treeboot_block::Geometry;
 
+use super::alua::PortGroup;
 use super::unit::{Identity, MAX_TRANSFER_BYTES, MAX_UNMAP_DESCRIPTORS, MAX_WRITE_SAME_BYTES};
 
 /// Who made it, in 8 characters.
@@ -45,11 +46,11 @@ pub fn standard(identity: Option<&Identity>) -> Vec<u8> {
 }
 
 /// A vital product data page, or `None` where there is no such page.
-pub fn page(code: u8, identity: &Identity, geometry: &Geometry) -> Option<Vec<u8>> {
+pub fn page(code: u8, identity: &Identity, geometry: &Geometry, group: PortGroup) -> Option<Vec<u8>> {
     let body = match code {
         0x00 => vec![0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2],
         0x80 => identity.serial.as_bytes().to_vec(),
-        0x83 => identification(identity),
+        0x83 => identification(identity, group),
         0x86 => extended(),
         0xb0 => block_limits(geometry),
         0xb1 => characteristics(),
@@ -63,7 +64,7 @@ pub fn page(code: u8, identity: &Identity, geometry: &Geometry) -> Option<Vec<u8
 }
 
 /// Device identification (SPC-4 §7.8.5).
-fn identification(identity: &Identity) -> Vec<u8> {
+fn identification(identity: &Identity, group: PortGroup) -> Vec<u8> {
     const BINARY: u8 = 1;
     const ASCII: u8 = 2;
     const UTF8: u8 = 3;
@@ -90,8 +91,10 @@ fn identification(identity: &Identity) -> Vec<u8> {
             .flat_map(|byte| format!("{byte:02x}").into_bytes()),
     );
     descriptor(ASCII, 0x01, &t10);
-    descriptor(BINARY, PORT | 0x04, &[0, 0, 0, 1]);
-    descriptor(BINARY, PORT | 0x05, &[0, 0, 0, 1]);
+    let [high, low] = group.get().to_be_bytes();
+    // Relative target port, and target port group: each group has one port.
+    descriptor(BINARY, PORT | 0x04, &[0, 0, high, low]);
+    descriptor(BINARY, PORT | 0x05, &[0, 0, high, low]);
     let name = |text: String| {
         let mut name = text.into_bytes();
         name.truncate(248);

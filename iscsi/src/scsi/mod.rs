@@ -4,6 +4,7 @@
 //! Deliberately absent: I/O and anything of iSCSI but the names of initiators.
 
 pub mod action;
+pub mod alua;
 pub mod cdb;
 pub mod inquiry;
 pub mod kept;
@@ -18,6 +19,7 @@ pub mod unit;
 mod tests;
 
 pub use action::{Action, OutAction};
+pub use alua::AccessState;
 pub use cdb::{Blocks, ByteCheck, Command};
 pub use sense::{SENSE_BYTES, Sense, status};
 pub use unit::{Identity, LogicalUnit, Nexus, NexusId};

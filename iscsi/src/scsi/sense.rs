@@ -58,6 +58,12 @@ senses! {
     STOPPED = 2, 0x0402;
     /// NOT READY: becoming ready, try again.
     BECOMING_READY = 2, 0x0401;
+    /// NOT READY: logical unit not accessible, asymmetric access state transition.
+    TRANSITION = 2, 0x040a;
+    /// NOT READY: logical unit not accessible, target port in standby state.
+    STANDBY = 2, 0x040b;
+    /// NOT READY: logical unit not accessible, target port in unavailable state.
+    UNAVAILABLE = 2, 0x040c;
     /// MEDIUM ERROR: unrecovered read error.
     READ_ERROR = 3, 0x1100;
     /// MEDIUM ERROR: write error.
@@ -80,6 +86,8 @@ senses! {
     INVALID_RELEASE = 5, 0x2604;
     /// ILLEGAL REQUEST: saving parameters not supported.
     NO_SAVING = 5, 0x3900;
+    /// ILLEGAL REQUEST: invalid message error; a task attribute that is not supported.
+    INVALID_MESSAGE = 5, 0x4900;
     /// ILLEGAL REQUEST: insufficient registration resources.
     NO_REGISTRATION_ROOM = 5, 0x5504;
     /// UNIT ATTENTION: power on, reset, or bus device reset. The general code, because `iscsi-ls` knows only this one.

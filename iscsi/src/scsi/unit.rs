@@ -11,6 +11,7 @@ use treeboot_block::Geometry;
 use treeboot_types::Iqn;
 
 use super::action::{Action, OutAction};
+use super::alua::{self, AccessState, PortGroup};
 use super::cdb::{Blocks, ByteCheck, Command};
 use super::inquiry;
 use super::mode::{Asked, Modes};
@@ -64,6 +65,9 @@ struct State {
     attached: HashMap<NexusId, Attached>,
     reserved: Option<NexusId>,
     reservations: Reservations,
+    access: AccessState,
+    /// It was another one before.
+    access_changed: bool,
 }
 
 /// A logical unit.
@@ -72,6 +76,7 @@ pub struct LogicalUnit {
     number: u16,
     identity: Identity,
     pub(super) geometry: Geometry,
+    group: PortGroup,
     next_nexus: AtomicU64,
     /// Something of [`State`] may forbid a command: look there first. Otherwise the path of a command takes no lock.
     guarded: AtomicBool,
@@ -91,6 +96,7 @@ impl LogicalUnit {
             number,
             identity,
             geometry,
+            group: alua::FIRST_PORT_GROUP,
             next_nexus: AtomicU64::new(1),
             guarded: AtomicBool::new(false),
             write_cache: AtomicBool::new(modes.write_cache),
@@ -99,6 +105,31 @@ impl LogicalUnit {
             changing: Mutex::default(),
             keeper: None,
         }
+    }
+
+    /// In this group of ports, and at first in this state.
+    #[must_use]
+    pub fn in_port_group(mut self, group: PortGroup, access: AccessState) -> Self {
+        self.group = group;
+        self.state.get_mut().access = access;
+        *self.guarded.get_mut() |= access.is_restricted();
+        self
+    }
+
+    /// Changes the state of access; whoever would see another one is told with a unit attention.
+    pub fn set_access_state(&self, access: AccessState) {
+        let mut state = self.state.lock();
+        let told = access.reported() != state.access.reported();
+        state.access = access;
+        state.access_changed |= told;
+        for attached in state.attached.values_mut().filter(|_| told) {
+            // Once is enough: who hears it asks for the state of that moment.
+            attached
+                .attentions
+                .retain(|sense| *sense != Sense::ACCESS_STATE_CHANGED);
+            tell(attached, Sense::ACCESS_STATE_CHANGED);
+        }
+        self.guard(&state);
     }
 
     /// Its number.
@@ -161,7 +192,7 @@ impl LogicalUnit {
 
     fn guard(&self, state: &State) {
         self.guarded.store(
-            state.reserved.is_some() || state.reservations.is_held(),
+            state.reserved.is_some() || state.reservations.is_held() || state.access.is_restricted(),
             Ordering::Release,
         );
     }
@@ -193,8 +224,11 @@ impl LogicalUnit {
             };
         }
         match parsed {
-            Ok(command) if self.guarded.load(Ordering::Acquire) && self.forbidden(nexus, &command) => {
-                Action::Conflict
+            Ok(command)
+                if self.guarded.load(Ordering::Acquire)
+                    && let Some(refusal) = self.refusal(nexus, &command) =>
+            {
+                refusal
             }
             Ok(command) => self.carry_out(nexus, command, luns).unwrap_or_else(Action::Check),
             Err(sense) => Action::Check(sense),
@@ -236,8 +270,8 @@ impl LogicalUnit {
                 page: Some(page),
                 allocation,
             } => {
-                let page =
-                    inquiry::page(page, &self.identity, &self.geometry).ok_or(Sense::cdb_field(2, None))?;
+                let page = inquiry::page(page, &self.identity, &self.geometry, self.group)
+                    .ok_or(Sense::cdb_field(2, None))?;
                 data(page, allocation)
             }
             Command::ModeSense {
@@ -335,7 +369,12 @@ impl LogicalUnit {
                 data(out, allocation)
             }
             Command::ReportTargetPortGroups { extended, allocation } => {
-                data(port_groups(extended), allocation)
+                let state = self.state.lock();
+                let (access, changed) = (state.access, state.access_changed);
+                data(
+                    alua::port_groups(extended, self.group, access, changed),
+                    allocation,
+                )
             }
             Command::Reserve => self.reserve(nexus),
             Command::Release => self.release(nexus),
@@ -464,19 +503,6 @@ fn report_luns(luns: &[u16], select: u8, allocation: u32) -> Result<Action, Sens
         out.extend_from_slice(&crate::pdu::LunField::new(lun).0.to_be_bytes());
     }
     Ok(data(out, allocation))
-}
-
-/// REPORT TARGET PORT GROUPS (SPC-4 §6.37): one group, active and optimized.
-fn port_groups(extended: bool) -> Vec<u8> {
-    let group = [0x00, 0x01, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1];
-    let mut out = Vec::new();
-    let bytes = group.len() as u32 + if extended { 4 } else { 0 };
-    out.extend_from_slice(&bytes.to_be_bytes());
-    if extended {
-        out.extend_from_slice(&[0x10, 0, 0, 0]);
-    }
-    out.extend_from_slice(&group);
-    out
 }
 
 /// What a CDB for a LUN that does not exist comes to (SPC-4 §6.6.2, SAM-5 §5.13).

@@ -29,6 +29,8 @@ use treeboot_block::BlockDevice;
 use treeboot_types::Iqn;
 
 use crate::login::{Chap, Security, Terms};
+use crate::scsi::AccessState;
+use crate::scsi::alua::{FIRST_PORT_GROUP, PortGroup};
 use crate::scsi::kept::KeptError;
 
 pub use reservation_file::{ReservationFile, ReservationFileError};
@@ -132,11 +134,26 @@ pub struct LunSpec {
 }
 
 /// What a target may have beyond a [`TargetSpec`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct TargetOptions {
     /// Where the persistent reservations of a unit outlive a loss of power, by its number. Units without such a place
     /// refuse APTPL.
     pub reservations: BTreeMap<u16, ReservationFile>,
+    /// The group of ports, and the relative port, that the target says it is. Targets that serve the same disk are
+    /// paths of their own only if these differ.
+    pub port_group: PortGroup,
+    /// The state of access to its units; [`Server::set_access_state`] changes it.
+    pub access_state: AccessState,
+}
+
+impl Default for TargetOptions {
+    fn default() -> Self {
+        Self {
+            reservations: BTreeMap::new(),
+            port_group: FIRST_PORT_GROUP,
+            access_state: AccessState::default(),
+        }
+    }
 }
 
 /// Why a server cannot start.

@@ -137,6 +137,8 @@ pub(super) struct Target {
     pub(super) luns: Vec<u16>,
     pub(super) access: Mutex<Access>,
     pub(super) removing: AtomicBool,
+    /// Where initiators that log in are sent, and whether for good.
+    pub(super) moved: Mutex<Option<(String, bool)>>,
     sessions: Mutex<Sessions>,
     /// A session ended.
     pub(super) ended: Notify,
@@ -150,6 +152,7 @@ impl Target {
             units,
             access: Mutex::new(access),
             removing: AtomicBool::new(false),
+            moved: Mutex::default(),
             sessions: Mutex::default(),
             ended: Notify::new(),
         }
@@ -307,6 +310,13 @@ impl Directory for Desk {
                 target: target.clone(),
             });
         };
+        if let Some((address, permanently)) = found.moved.lock().clone() {
+            return Err(Refusal::Moved {
+                target: target.clone(),
+                address,
+                permanently,
+            });
+        }
         let limit = self.shared.config.max_sessions;
         if self.shared.handles.lock().used.len() >= limit {
             return Err(Refusal::TooMany(limit));

@@ -20,7 +20,7 @@ use super::registry::{Order, SessionHandle, Shared, Target, Unit};
 use super::wire::Wire;
 use super::{Access, AddTargetError, BindError, ServerConfig, TargetOptions, TargetSpec, TargetStats};
 use crate::login::Refusal;
-use crate::scsi::{Identity, LogicalUnit};
+use crate::scsi::{AccessState, Identity, LogicalUnit};
 
 /// Connections that the kernel keeps until they are accepted.
 const BACKLOG: i32 = 1024;
@@ -150,6 +150,31 @@ impl Server {
             target.sessions(|session| !access.honours(&session.port.name, &session.security)),
             "access was withdrawn",
         );
+        true
+    }
+
+    /// Changes the state of access (ALUA) of one unit, or of all units, of a target; initiators are told with their next
+    /// command. `false`: no such target or unit.
+    pub fn set_access_state(&self, target: &Iqn, lun: Option<u16>, state: AccessState) -> bool {
+        let Some(target) = self.shared.target(target) else {
+            return false;
+        };
+        let wanted = |unit: &&Arc<Unit>| lun.is_none_or(|lun| unit.logical.number() == lun);
+        let units: Vec<_> = target.units.iter().filter(wanted).collect();
+        for unit in &units {
+            unit.logical.set_access_state(state);
+        }
+        !units.is_empty()
+    }
+
+    /// Sends initiators that log in elsewhere, for now or `permanently` (RFC 7143 §11.13.5); `None`: no longer. `address`
+    /// is `host[:port]`, an IPv6 address in brackets. Sessions stay; [`close_sessions`](Self::close_sessions) makes
+    /// their initiators log in again. Only initiators that the target admits learn where to. `false`: no such target.
+    pub fn redirect(&self, target: &Iqn, address: Option<&str>, permanently: bool) -> bool {
+        let Some(target) = self.shared.target(target) else {
+            return false;
+        };
+        *target.moved.lock() = address.map(|address| (address.to_owned(), permanently));
         true
     }
 
@@ -296,7 +321,8 @@ fn target(spec: TargetSpec, mut options: TargetOptions) -> Result<Target, AddTar
             product: lun.product,
             ident: lun.ident,
         };
-        let mut logical = LogicalUnit::new(lun.lun, identity, geometry);
+        let mut logical = LogicalUnit::new(lun.lun, identity, geometry)
+            .in_port_group(options.port_group, options.access_state);
         if let Some(mut file) = options.reservations.remove(&lun.lun) {
             let (path, text) = (file.path().to_owned(), file.take_text());
             let unreadable = |source| AddTargetError::Reservations {

@@ -377,6 +377,11 @@ impl Peer {
         let lun = command.lun.number().unwrap();
         let (lba, blocks) = match cdb[0] {
             0x00 => return self.status(command.itt, 0, &[]).await,
+            // It knows no states of access.
+            0x12 => {
+                let pdu = self.data_in(command.itt, 0, 0, true);
+                return self.send(pdu, &[0; 36]).await;
+            }
             0x9e => {
                 let mut data = [0; 32];
                 data[..8].copy_from_slice(&(DISK_BYTES / BLOCK - 1).to_be_bytes());

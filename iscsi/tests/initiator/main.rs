@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers as well")]
 
+mod access;
 mod fake;
 mod group;
 mod own;

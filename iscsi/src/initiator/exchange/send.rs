@@ -1,6 +1,6 @@
 //! What goes out: commands within the window, data that was asked for, pings and answers to pings.
 
-use super::{ABORT_BIT, Control, Exchange, LOGOUT_ITT, OUT_BYTES, PING_ITT};
+use super::{ABORT_BIT, Burst, Control, Exchange, LOGOUT_ITT, OUT_BYTES, PING_ITT};
 use crate::pdu::{
     DataOut, LogoutRequest, LunField, NO_TAG, NopOut, ScsiCommand, TaskAttribute, TaskFunction,
     TaskManagementRequest,
@@ -16,6 +16,8 @@ impl Exchange {
         while out.len() < OUT_BYTES && self.window_is_open() {
             let Some(at) = self.waiting.pop_front() else { break };
             self.send_command(at, out);
+            // Unsolicited data come in the order of their commands (RFC 7143 §4.2.5.2), so none stays behind.
+            while out.len() < OUT_BYTES && self.send_burst(out) {}
         }
     }
 
@@ -94,7 +96,9 @@ impl Exchange {
         self.framing.append(out, &pdu.into(), &data);
         burst.at = end;
         burst.data_sn = burst.data_sn.wrapping_add(1);
-        if last {
+        if last && burst.ttt == NO_TAG {
+            self.bursts.pop_front();
+        } else if last {
             task.r2ts = task.r2ts.saturating_sub(1);
             self.bursts.pop_front();
         }
@@ -114,9 +118,14 @@ impl Exchange {
         task.sent = true;
         let job = &task.job;
         let immediate = job.write_data(0, self.terms.immediate_bytes.min(job.write_bytes()));
+        let (came, first) = (
+            immediate.len() as u32,
+            self.terms.unsolicited_bytes.min(job.write_bytes()),
+        );
+        let goes_on = came < first;
         let pdu = ScsiCommand {
             immediate: false,
-            final_: true,
+            final_: !goes_on,
             read: job.read_bytes() > 0,
             write: job.write_bytes() > 0,
             attribute: TaskAttribute::Simple,
@@ -129,5 +138,15 @@ impl Exchange {
         };
         self.framing.append(out, &pdu.into(), &immediate);
         self.terms.cmd_sn = self.terms.cmd_sn.wrapping_add(1);
+        if goes_on {
+            self.bursts.push_back(Burst {
+                slot: at,
+                itt,
+                ttt: NO_TAG,
+                at: came,
+                end: first,
+                data_sn: 0,
+            });
+        }
     }
 }

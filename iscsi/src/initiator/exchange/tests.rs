@@ -17,6 +17,7 @@ fn exchange() -> Exchange {
         data_digest: false,
         max_send_bytes: 1024,
         immediate_bytes: 512,
+        unsolicited_bytes: 0,
         cmd_sn: u32::MAX - 1,
         exp_stat_sn: 5,
         max_cmd_sn: 2, // across the end of the numbers: four commands

@@ -4,6 +4,7 @@ use treeboot_types::Tick;
 
 use super::links::Link;
 use super::{HOPE_MS, PATIENCE_MS, Path, PathPolicy, Paths, Read, Role};
+use crate::scsi::alua::Reported;
 
 /// A smoothed time halves for each such span without a sample, so that a path that was slow once is tried again.
 const SAMPLE_HALVES_MS: u64 = 1_000;
@@ -62,17 +63,26 @@ fn rank(now: Tick, path: &Path) -> Option<u8> {
     let Link::Up { suspect, .. } = path.link else {
         return None;
     };
+    if !path.is_accessible() {
+        return None;
+    }
     let stalled = path.stalled.is_some_and(|probe_at| now < probe_at);
+    let access = match path.access {
+        Reported::Optimized => 0,
+        Reported::NonOptimized | Reported::BlockDependent => 1,
+        // It says that it is between two states: it may make the read wait.
+        _ => 2,
+    };
     Some(match (path.role, stalled, suspect) {
-        (Role::Active, false, false) => 0,
+        (Role::Active, false, false) => access,
         // A silent active path either speaks or is lost within half a second; until then it is still an active
         // path, and a fallback's link is the scarcer thing.
-        (Role::Active, false, true) => 1,
-        (Role::Fallback, false, false) => 2,
-        (Role::Fallback, false, true) => 3,
+        (Role::Active, false, true) => 3,
+        (Role::Fallback, false, false) => 4 + access,
+        (Role::Fallback, false, true) => 7,
         // Alive, but it has answered no read for long.
-        (Role::Active, true, _) => 4,
-        (Role::Fallback, true, _) => 5,
+        (Role::Active, true, _) => 8,
+        (Role::Fallback, true, _) => 9,
     })
 }
 

@@ -7,6 +7,7 @@ use super::{
     BACKOFF_FIRST_MS, BACKOFF_LAST_MS, DEPARTED_REMEMBERED, DISTRUST_MS, Departed, Effect, FALLBACK_IDLE_MS,
     HOPE_MS, LinkId, Path, PathId, PathSpec, PathState, Paths, ReadId, Role, STABLE_MS, STAGGER_MS,
 };
+use crate::scsi::alua::Reported;
 
 /// A path's connection.
 #[derive(Debug)]
@@ -41,11 +42,20 @@ impl Link {
 }
 
 impl Path {
+    /// Reads may be asked of it. One between two states may answer or refuse; a relay of ours answers.
+    pub(super) fn is_accessible(&self) -> bool {
+        !matches!(
+            self.access,
+            Reported::Standby | Reported::Unavailable | Reported::Offline
+        )
+    }
+
     pub(super) fn state(&self) -> PathState {
         match self.link {
             Link::Standby => PathState::Standby,
             Link::Connecting { .. } if self.failures_in_a_row == 0 => PathState::Connecting,
             Link::Connecting { .. } | Link::Waiting { .. } => PathState::Down,
+            Link::Up { .. } if !self.is_accessible() => PathState::Suspect,
             Link::Up { suspect: true, .. } => PathState::Suspect,
             Link::Up { .. } if self.stalled.is_some() => PathState::Suspect,
             Link::Up { suspect: false, .. } => PathState::Up,
@@ -121,6 +131,7 @@ impl Paths {
             spec,
             role,
             link,
+            access: Reported::Optimized,
             listed: now,
             ever_up: false,
             failures_in_a_row: 0,
@@ -144,6 +155,7 @@ impl Paths {
         let link = LinkId(self.next_link);
         let path = &mut self.listed[index];
         path.link = Link::Connecting { link };
+        path.access = Reported::Optimized;
         out.push(Effect::Connect {
             path: path.id,
             link,
@@ -169,6 +181,29 @@ impl Paths {
         path.last_used = now;
         // It joins the round at its end, so that it gets its share and no more.
         path.turn = path.turn.max(turn);
+        for read in self.reads.values_mut() {
+            read.cooling.retain(|(cooling, _)| *cooling != id);
+        }
+        self.advance_all(now, out);
+    }
+
+    /// The target said how the access to its unit is. Reads under way stay: the target carries them out or refuses them.
+    pub(super) fn access(
+        &mut self,
+        now: Tick,
+        id: PathId,
+        of: LinkId,
+        access: Reported,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(path) = self.listed.iter_mut().find(|path| path.id == id) else {
+            return;
+        };
+        if path.link.id() != Some(of) || path.access == access {
+            return;
+        }
+        path.access = access;
+        // What it refused in the old state it need not refuse in the new one.
         for read in self.reads.values_mut() {
             read.cooling.retain(|(cooling, _)| *cooling != id);
         }

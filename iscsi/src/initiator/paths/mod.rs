@@ -20,6 +20,8 @@ use std::collections::BTreeMap;
 
 use treeboot_types::Tick;
 
+use crate::scsi::alua::Reported;
+
 use links::Link;
 pub(super) use types::{Effect, Event, LinkId, Outcome, ReadId};
 pub use types::{
@@ -85,6 +87,8 @@ struct Path {
     spec: PathSpec,
     role: Role,
     link: Link,
+    /// What the target says of it since it is connected.
+    access: Reported,
     listed: Tick,
     ever_up: bool,
     /// Failures since the last stable session; the exponent of the backoff.
@@ -188,6 +192,7 @@ impl Paths {
             Event::Listed { active, fallbacks } => self.list(now, active, fallbacks, out),
             Event::Connected { path, link } => self.connected(now, path, link, out),
             Event::Lost { path, link, why } => self.lost(now, path, link, why, out),
+            Event::Access { path, link, access } => self.access(now, path, link, access, out),
             Event::Suspected { path, link, silent } => self.suspected(path, link, silent),
             Event::Read { read, lun, avoid } => self.begin(now, read, lun, avoid, out),
             Event::Answered {
@@ -486,6 +491,7 @@ impl Paths {
             portal: path.spec.portal.clone(),
             active: path.role == Role::Active,
             state: path.state(),
+            access: path.access,
             in_flight: path.in_flight,
             reads: path.reads,
             active_bytes: path.active_bytes,
@@ -562,6 +568,8 @@ impl Path {
             "distrusted: it shipped wrong bytes".to_owned()
         } else if self.lun(read.lun).is_none() {
             "serves no hash tree".to_owned()
+        } else if !self.is_accessible() {
+            format!("the target says that the path is {:?}", self.access).to_lowercase()
         } else if read.attempts.iter().any(|a| a.path == self.id) {
             "has not answered".to_owned()
         } else {

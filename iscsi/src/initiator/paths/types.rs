@@ -3,6 +3,7 @@
 use treeboot_types::Iqn;
 
 use crate::login::Chap;
+use crate::scsi::alua::Reported;
 
 /// A path among all that a group ever had; never reused within one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,7 +75,7 @@ pub enum PathState {
     Connecting,
     /// Logged in and answering.
     Up,
-    /// Logged in, but silent, or alive and not answering reads.
+    /// Logged in, but silent, or alive and not answering reads, or out of use by its own word (ALUA).
     Suspect,
     /// Lost, or refused; it is tried again with growing delays.
     Down,
@@ -118,6 +119,8 @@ pub struct PathStats {
     pub active: bool,
     /// Its state.
     pub state: PathState,
+    /// What the target last said of the access to its unit (ALUA).
+    pub access: Reported,
     /// Reads that it has not answered.
     pub in_flight: u32,
     /// Reads that it answered.
@@ -172,6 +175,12 @@ pub(in crate::initiator) enum Event {
     Connected { path: PathId, link: LinkId },
     /// A connect failed, or a session ended.
     Lost { path: PathId, link: LinkId, why: String },
+    /// The target said in which state the access to its unit is; before it does, the best is assumed.
+    Access {
+        path: PathId,
+        link: LinkId,
+        access: Reported,
+    },
     /// A session fell silent, or spoke again.
     Suspected {
         path: PathId,

@@ -1,6 +1,6 @@
 //! A logical unit's reservations: who shuts whom out, RESERVE and RELEASE, PERSISTENT RESERVE OUT and its keeper.
 
-use super::{LogicalUnit, Nexus, tell};
+use super::{LogicalUnit, Nexus, State, tell};
 use crate::scsi::action::Action;
 use crate::scsi::cdb::Command;
 use crate::scsi::kept::KeptError;
@@ -31,18 +31,13 @@ impl LogicalUnit {
         self.keeper.is_some()
     }
 
-    pub(super) fn forbidden(&self, nexus: &Nexus, command: &Command) -> bool {
+    /// How the command ends because of the state of access or of somebody else's reservation, if it does.
+    pub(super) fn refusal(&self, nexus: &Nexus, command: &Command) -> Option<Action> {
         let state = self.state.lock();
-        if state.reserved.is_some_and(|holder| holder != nexus.id) {
-            return !matches!(
-                command,
-                Command::Inquiry { .. }
-                    | Command::ReportLuns { .. }
-                    | Command::RequestSense { .. }
-                    | Command::Release
-            );
+        if let Some(sense) = state.access.refuses(command) {
+            return Some(Action::Check(sense));
         }
-        state.reservations.conflicts(&nexus.port, access(command))
+        forbidden(&state, nexus, command).then_some(Action::Conflict)
     }
 
     /// RESERVE (6), for initiators that know nothing better (SPC-2).
@@ -119,6 +114,20 @@ impl LogicalUnit {
         }
         Err(Refused::Check(Sense::INTERNAL))
     }
+}
+
+/// Does a reservation of somebody else forbid it?
+fn forbidden(state: &State, nexus: &Nexus, command: &Command) -> bool {
+    if state.reserved.is_some_and(|holder| holder != nexus.id) {
+        return !matches!(
+            command,
+            Command::Inquiry { .. }
+                | Command::ReportLuns { .. }
+                | Command::RequestSense { .. }
+                | Command::Release
+        );
+    }
+    state.reservations.conflicts(&nexus.port, access(command))
 }
 
 /// What a command needs of somebody else's reservation (SPC-4 table 51, SBC-3 table 13).
