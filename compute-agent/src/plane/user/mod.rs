@@ -4,6 +4,7 @@
 //! host's one portal. What lies on the disk: `CACHE/<digest>/`, `STORE/<digest>/` and `STATE/deltas/<vm>.delta`. The rest
 //! lives in this process and is made again by the plan after a restart.
 
+mod exports;
 mod files;
 pub mod foreign;
 mod look;
@@ -25,10 +26,10 @@ use treeboot_block::{
     ImageContent, Reader,
 };
 use treeboot_iscsi::target::{self, BindError, LunSpec, Server, ServerConfig, TargetSpec};
-use treeboot_types::{DATA_LUN, Digest, HASH_LUN, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
+use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
 
 use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
-use crate::stack::{Access, Backing, Content, Found, FoundExport, Sources, Step, Violation, WantedDisk};
+use crate::stack::{Backing, Content, Found, FoundExport, Sources, Step, Violation, WantedDisk};
 use files::{blocking, gone, open_cache, remove_dir};
 use source::StripedSource;
 
@@ -103,6 +104,8 @@ struct OpenBase {
     content: Content,
     backing: Backing,
     cache: Arc<ChunkCache>,
+    /// A block of it was read, so what it exports is ready for everybody.
+    readable: bool,
 }
 
 #[derive(Clone)]
@@ -223,6 +226,7 @@ impl UserPlane {
                 content: *content,
                 backing,
                 cache,
+                readable: backing == Backing::Store,
             },
         );
         Ok(())
@@ -247,78 +251,6 @@ impl UserPlane {
         };
         if let Some(base) = base {
             base.cache.quiesce().await;
-        }
-        Ok(())
-    }
-
-    fn export(
-        &self,
-        step: &Step,
-        image: &ImageId,
-        digest: &Digest,
-        access: &Access,
-    ) -> Result<(), PlaneError> {
-        let base = self
-            .base(digest)
-            .ok_or_else(|| missing(step, image, "its base"))?;
-        if let Some(there) = self.state.lock().exports.get(image)
-            && there.digest != *digest
-        {
-            return Err(differs(step, image).into());
-        }
-        let name = Iqn::of_image(image);
-        let lun = |lun, device, ident| LunSpec {
-            lun,
-            device,
-            serial: format!("{}-{lun}", digest.short()),
-            product: format!("base {}", image.name),
-            ident,
-        };
-        let mut ident = [0; 16];
-        ident.copy_from_slice(&digest.0[..16]);
-        let mut hash_ident = ident;
-        hash_ident[15] ^= 1;
-        let added = self.server.add_target(TargetSpec {
-            name: name.clone(),
-            luns: vec![
-                lun(DATA_LUN, base.cache.base(Reader::Child), ident),
-                lun(HASH_LUN, base.cache.hash_device(), hash_ident),
-            ],
-            access: initiators(access),
-        });
-        match added {
-            Ok(()) => {}
-            Err(target::AddTargetError::Exists(_)) => {
-                self.server.set_access(&name, initiators(access));
-            }
-            Err(source) => return Err(failed(format!("exporting {image}"), source)),
-        }
-        let export = FoundExport {
-            digest: *digest,
-            access: access.clone(),
-        };
-        self.state.lock().exports.insert(image.clone(), export);
-        Ok(())
-    }
-
-    async fn unexport(&self, image: &ImageId) {
-        let name = Iqn::of_image(image);
-        self.server
-            .set_access(&name, target::Access::Initiators(BTreeSet::new()));
-        let shipped = self.server.stats(&name).map_or(0, |stats| stats.wire_bytes_out);
-        self.server.remove_target(&name, DRAIN).await;
-        let mut state = self.state.lock();
-        if let Some(export) = state.exports.remove(image) {
-            *state.shipped.entry(export.digest).or_default() += shipped;
-        }
-    }
-
-    fn set_access(&self, step: &Step, image: &ImageId, access: &Access) -> Result<(), PlaneError> {
-        if !self.server.set_access(&Iqn::of_image(image), initiators(access)) {
-            return Err(missing(step, image, "the export").into());
-        }
-        if let Some(export) = self.state.lock().exports.get_mut(image) {
-            export.access = access.clone();
         }
         Ok(())
     }
@@ -474,7 +406,9 @@ impl UserPlane {
             let bytes = data.geometry().bytes.min(block) as usize;
             data.read(0, &mut buffer[..bytes]).await
         };
-        read.map_err(|source| failed(format!("reading {}", what()), source))
+        read.map_err(|source| failed(format!("reading {}", what()), source))?;
+        self.became_readable(&digest);
+        Ok(())
     }
 }
 
@@ -495,13 +429,6 @@ fn delta_error(vm: &VmName, error: DeltaError) -> PlaneError {
             what,
             why: damaged.to_string(),
         },
-    }
-}
-
-fn initiators(access: &Access) -> target::Access {
-    match access {
-        Access::Anyone => target::Access::Anyone,
-        Access::Hosts(hosts) => target::Access::Initiators(hosts.iter().map(Iqn::of_host).collect()),
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use treeboot_block::storage::{FileStorage, OpenMode};
 use treeboot_block::{CacheOptions, ChunkCache, ImageContent, Reader, VerityBuilder, VerityLayout};
-use treeboot_iscsi::initiator::{Session, SessionOptions};
+use treeboot_iscsi::initiator::{AccessReported, Session, SessionOptions};
 use treeboot_iscsi::target::{Access, LunSpec, Server, ServerConfig, TargetSpec};
 use treeboot_types::{DATA_LUN, Endpoint, HASH_LUN, HostName, ImageId, Iqn, VmName};
 
@@ -323,4 +323,38 @@ async fn a_child_that_comes_before_its_parents_export_is_let_in_when_it_is_there
     };
     let (read, ()) = futures_util::future::join(early, late).await;
     assert_eq!(read.unwrap(), image.bytes[..4096]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_export_says_that_it_attaches_until_its_base_is_readable_and_serves_reads_all_the_while() {
+    let rig = rig().await;
+    let image = rig.image(0);
+    let child = HostName::new("10.0.0.1").unwrap();
+    let applier = crate::apply::Applier {
+        plane: Rig::plane(&rig),
+        journal: rig.journal(),
+    };
+    let base = crate::stack::WantedBase {
+        content: image.content,
+        backing: crate::stack::Backing::Cache,
+        sources: image.sources[0].clone(),
+        exports: [(
+            image.id.clone(),
+            crate::stack::Access::Hosts([child.clone()].into()),
+        )]
+        .into(),
+    };
+    let wanted = crate::stack::Wanted {
+        bases: [(image.content.digest, base)].into(),
+        ..crate::stack::Wanted::default()
+    };
+    applier.reach(&Scope::All, &wanted).await.unwrap();
+    let session = rig.export(&image.id, &child).await.unwrap();
+    let access = || async { session.access(DATA_LUN).await.unwrap() };
+    assert_eq!(access().await, Some(AccessReported::Transitioning));
+    let read = session.read(DATA_LUN, 0, 4096).await.unwrap();
+    assert_eq!(read, image.bytes[..4096], "nobody is refused");
+    Rig::plane(&rig).readable(image.content.digest).await.unwrap();
+    assert_eq!(access().await, Some(AccessReported::Optimized));
+    session.close().await;
 }
