@@ -560,6 +560,10 @@ fn round_robin_gives_each_path_its_turn() {
         *counts.entry(world.answer(read, 0, 1)).or_default() += 1;
     }
     assert_eq!(counts.values().copied().collect::<Vec<_>>(), [100, 100, 100]);
+    assert!(
+        !world.names.values().any(|name| *name == 4),
+        "nobody needed the fallback, and it was called"
+    );
 }
 
 #[test]
