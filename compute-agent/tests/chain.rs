@@ -88,7 +88,17 @@ impl Chain {
         let mut options = options(self.dir.path(), &name, self.coordinator);
         options.listen = listen;
         options.portal = portal;
-        self.hosts.insert(host, Daemon::start(&options).await.unwrap());
+        let begun = std::time::Instant::now();
+        let daemon = loop {
+            match Daemon::start(&options).await {
+                // Another test's child holds what its parent had open, until it is what it is to be.
+                Err(DaemonError::Listen { .. } | DaemonError::Plane(_)) if begun.elapsed() < SOON => {
+                    tokio::task::yield_now().await;
+                }
+                started => break started.unwrap(),
+            }
+        };
+        self.hosts.insert(host, daemon);
     }
 }
 
