@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod doctor;
 mod failure;
 mod fleet;
 mod host;
@@ -58,6 +59,7 @@ enum Command {
     #[command(subcommand)]
     Host(host::HostVerb),
     Tree(tree::TreeArgs),
+    Doctor(doctor::DoctorArgs),
     /// Create, start, stop, destroy and list virtual machines
     #[command(subcommand)]
     Vm(vm::VmVerb),
@@ -109,6 +111,7 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Image(verb) => image::run(options, verb).await,
         Command::Host(verb) => host::run(options, verb).await,
         Command::Tree(args) => tree::run(options, args).await,
+        Command::Doctor(args) => doctor::run(options, args).await,
         Command::Vm(verb) => vm::run(options, verb).await,
         Command::Fleet(verb) => fleet::run(options, verb).await,
         Command::Completions { shell } => {

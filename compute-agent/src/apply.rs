@@ -81,6 +81,14 @@ impl Applier {
         errors
     }
 
+    /// Carries out one step, journalled as all are.
+    ///
+    /// # Errors
+    /// [`ReachError`] where it fails.
+    pub async fn step(&self, step: Step) -> Result<(), ReachError> {
+        self.apply(step).await
+    }
+
     async fn apply(&self, step: Step) -> Result<(), ReachError> {
         let intent = self.journal.intend(&step).await?;
         let result = self.plane.apply(&step).await;

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
@@ -14,10 +13,9 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use treeboot_types::{HostName, Labels};
 
+use crate::choice::{self, Places, PlaneOpenError, PlaneOptions};
 use crate::host::{Host, HostError, Refused, Settings};
 use crate::journal::{Journal, JournalError};
-use crate::plane::Plane;
-use crate::plane::user::{OpenError, UserPlane, UserSettings};
 use crate::rpc;
 
 /// How long an orderly end waits for calls under way.
@@ -68,6 +66,9 @@ pub struct Options {
     /// Cache images here. [default: the state directory's `cache`]
     #[arg(long, env = "TREEBOOT_CACHE", value_name = "DIR")]
     pub cache: Option<PathBuf>,
+    /// How blocks move.
+    #[command(flatten)]
+    pub plane: PlaneOptions,
     /// What describes the host, for instance rack=r1; may be given several times.
     #[arg(
         long = "label",
@@ -110,8 +111,8 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// The plane does not start.
-    #[error("the user plane does not start; see --portal, --cache and --state")]
-    Plane(#[from] OpenError),
+    #[error(transparent)]
+    Plane(#[from] PlaneOpenError),
     /// A file or directory of the state.
     #[error("cannot use {}", path.display())]
     State {
@@ -204,17 +205,18 @@ impl Daemon {
             }
         }
         let store = options.store.as_deref().map(absolute).transpose()?;
-        let plane = UserPlane::open(UserSettings {
+        let places = Places {
             host: options.name.clone(),
-            deltas: state.join("deltas"),
             cache: match &options.cache {
                 Some(cache) => absolute(cache)?,
                 None => state.join("cache"),
             },
+            state: state.clone(),
             store: store.clone(),
-            portals: vec![options.portal],
+            portal: options.portal,
             advertise: options.advertise.clone(),
-        })?;
+        };
+        let plane = choice::open(&options.plane, places)?;
         let portal = plane.portal();
         let (journal, recovered) = Journal::open(&state)?;
         if let Some(damage) = recovered.damage {
@@ -236,7 +238,7 @@ impl Daemon {
             labels: options.labels.iter().cloned().collect::<Labels>(),
             weight: options.weight,
         };
-        let (host, refused) = Host::start(settings, Arc::new(plane), journal).await?;
+        let (host, refused) = Host::start(settings, plane, journal).await?;
         let (stop, mut stopped) = watch::channel(false);
         let server = Server::builder()
             .tcp_nodelay(true)
@@ -294,9 +296,11 @@ impl Daemon {
         // Nobody left to tell means that all has ended already.
         let _ = self.stop.send(true);
         self.host.end().await;
-        let abort = self.server.abort_handle();
-        if tokio::time::timeout(DRAIN, self.server).await.is_err() {
-            abort.abort();
+        let mut server = self.server;
+        if tokio::time::timeout(DRAIN, &mut server).await.is_err() {
+            server.abort();
+            // Its listener is closed when the task has ended, not before: whoever starts anew wants the same address.
+            let _ = server.await;
         }
     }
 

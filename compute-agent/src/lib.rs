@@ -6,10 +6,12 @@
 #![forbid(unsafe_code)]
 
 pub mod apply;
+pub mod choice;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 pub mod daemon;
 pub mod desired;
+pub mod doctor;
 pub mod host;
 pub mod journal;
 pub mod link;

@@ -411,6 +411,24 @@ impl Agent for FakeAgent {
         };
         Ok(Response::new(status))
     }
+    async fn doctor(&self, request: Request<v1::DoctorRequest>) -> Answer<v1::DoctorResponse> {
+        let orphan = v1::Finding {
+            condition: "orphaned".into(),
+            kind: "base".into(),
+            name: "0123".into(),
+            mendable: true,
+            ..Default::default()
+        };
+        let findings = if request.into_inner().fix {
+            vec![]
+        } else {
+            vec![orphan]
+        };
+        Ok(Response::new(v1::DoctorResponse {
+            findings,
+            ..Default::default()
+        }))
+    }
     async fn import_image(&self, request: Request<Streaming<v1::ImportPart>>) -> Answer<v1::ImportResponse> {
         let refusal = self.world.lock().unwrap().refuse_imports.clone();
         if let Some(refusal) = refusal {

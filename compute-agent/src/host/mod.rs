@@ -6,6 +6,7 @@
 
 mod base;
 mod error;
+mod mend;
 mod report;
 mod restore;
 mod stored;

@@ -4,6 +4,8 @@
 //! host itself. Deliberately absent: the coordinator, VMs, and any order between steps (that is the planner's).
 
 pub mod faulty;
+#[cfg(feature = "kernel-plane")]
+pub mod kernel;
 pub mod model;
 pub mod user;
 
@@ -112,6 +114,23 @@ pub enum PlaneError {
         what: String,
         /// The limit in milliseconds.
         limit_ms: u64,
+    },
+    /// This plane cannot have it.
+    #[error("{what} cannot be had here: {why}")]
+    Unfit {
+        /// The thing.
+        what: String,
+        /// What is in the way, and what to do.
+        why: String,
+    },
+    /// A step failed, and so did its undoing: what is left is swept at the next attempt.
+    #[error("{cause}, and what was begun could not be undone")]
+    Undo {
+        /// Why the step failed.
+        cause: Box<PlaneError>,
+        /// Why it could not be undone.
+        #[source]
+        undo: Box<PlaneError>,
     },
     /// A test asked for it.
     #[error("injected fault at step {at}")]

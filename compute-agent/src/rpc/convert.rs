@@ -8,11 +8,22 @@ use treeboot_proto::v1;
 use treeboot_types::ImageRef;
 
 use super::invalid;
+use crate::doctor::Finding;
 use crate::host::{Host, Imported, MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
 use crate::plane::{BaseStats, PathStats};
 
 /// Longest text that a console is searched for.
 const MAX_CONSOLE_LINE_BYTES: usize = 1024;
+
+pub(super) fn finding(finding: &Finding) -> v1::Finding {
+    v1::Finding {
+        condition: finding.condition.name().into(),
+        kind: finding.kind.into(),
+        name: finding.name.clone(),
+        why: finding.why.clone(),
+        mendable: finding.condition.is_mended(),
+    }
+}
 
 pub(super) fn imported(imported: &Imported) -> v1::ImportResponse {
     v1::ImportResponse {

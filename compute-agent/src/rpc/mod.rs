@@ -142,6 +142,8 @@ fn plane_code(error: &PlaneError) -> tonic::Code {
         PlaneError::Damaged { .. } => Code::DataLoss,
         PlaneError::Missing { .. } => Code::NotFound,
         PlaneError::TooLong { .. } => Code::Unavailable,
+        PlaneError::Unfit { .. } => Code::FailedPrecondition,
+        PlaneError::Undo { cause, .. } => plane_code(cause),
         PlaneError::Rule(_) | PlaneError::Failed { .. } | PlaneError::Injected { .. } => Code::Internal,
     }
 }
@@ -225,6 +227,17 @@ impl Agent for Service {
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         Ok(Response::new(convert::status(&self.host)))
+    }
+
+    async fn doctor(
+        &self,
+        request: Request<v1::DoctorRequest>,
+    ) -> Result<Response<v1::DoctorResponse>, Status> {
+        let fix = request.into_inner().fix;
+        let host = self.host.clone();
+        let (findings, failures) = whole(async move { host.doctor(fix).await }).await?;
+        let findings = findings.iter().map(convert::finding).collect();
+        Ok(Response::new(v1::DoctorResponse { findings, failures }))
     }
 
     type AccessMapStream = streams::Answers<v1::AccessMapPart>;

@@ -23,6 +23,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
+use treeboot_agent::choice::PlaneOptions;
 use treeboot_agent::daemon::{Daemon, Options};
 use treeboot_agent::host::Host;
 use treeboot_agent::store::{ImportHeader, ImportPart};
@@ -345,6 +346,7 @@ pub fn options(dir: &Path, name: &str, coordinator: SocketAddr) -> Options {
         cache: None,
         labels: Vec::new(),
         weight: 1,
+        plane: PlaneOptions::default(),
         ready_file: None,
     }
 }

@@ -1,0 +1,170 @@
+//! Which plane the agent runs, from what a person chose.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use treeboot_types::HostName;
+
+use crate::plane::Plane;
+use crate::plane::user::{UserPlane, UserSettings};
+
+/// Sizes a person may write: bytes, or with K, M, G or T (powers of 1024).
+fn size(text: &str) -> Result<u64, String> {
+    let error = || format!("'{text}' is no size; write bytes, or for instance 512M or 20G");
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| error())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(error)
+}
+
+/// A plane's name on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PlaneName {
+    /// Everything in the agent's process: no root, nothing but the binary.
+    User,
+    /// open-iscsi, device-mapper and LIO: root, kernel modules, disks as block devices.
+    Kernel,
+}
+
+/// What a person may choose about the plane.
+#[derive(Debug, Clone, clap::Args)]
+pub struct PlaneOptions {
+    /// How blocks move on this host.
+    #[arg(long, env = "TREEBOOT_PLANE", value_enum, default_value_t = PlaneName::User)]
+    pub plane: PlaneName,
+    /// Kernel plane: let the file of a VM's writes grow by this much whenever less than half of it is left, for instance 1G, instead of
+    /// giving it, sparse, all the room that it can come to need.
+    #[arg(long, env = "TREEBOOT_DELTA_STEP", value_name = "SIZE", value_parser = size)]
+    pub delta_step: Option<u64>,
+    /// Kernel plane: how many seconds reads wait while no parent answers before they fail.
+    #[arg(long, env = "TREEBOOT_QUEUE_LIMIT", value_name = "SECONDS", default_value_t = 60,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub queue_limit: u64,
+}
+
+impl Default for PlaneOptions {
+    fn default() -> Self {
+        Self {
+            plane: PlaneName::User,
+            delta_step: None,
+            queue_limit: 60,
+        }
+    }
+}
+
+/// Where the chosen plane puts things and who it is.
+#[derive(Debug, Clone)]
+pub(crate) struct Places {
+    pub(crate) host: HostName,
+    pub(crate) state: PathBuf,
+    pub(crate) cache: PathBuf,
+    pub(crate) store: Option<PathBuf>,
+    pub(crate) portal: SocketAddr,
+    pub(crate) advertise: Option<String>,
+}
+
+/// Why no plane starts.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaneOpenError {
+    /// The user plane does not start.
+    #[error("the user plane does not start; see --portal, --cache and --state")]
+    User(#[from] crate::plane::user::OpenError),
+    /// The kernel plane does not start.
+    #[cfg(feature = "kernel-plane")]
+    #[error("the kernel plane does not start")]
+    Kernel(#[from] crate::plane::kernel::OpenError),
+    /// The binary has no kernel plane.
+    #[cfg(not(feature = "kernel-plane"))]
+    #[error(
+        "this treeboot-agent was built without the kernel plane; build it with: cargo build --release -p treeboot-agent --features \
+         kernel-plane (on Debian that needs libdevmapper-dev and libclang-dev), or say --plane user"
+    )]
+    NotBuilt,
+}
+
+/// Starts the chosen plane.
+pub(crate) fn open(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, PlaneOpenError> {
+    match options.plane {
+        PlaneName::User => Ok(Arc::new(UserPlane::open(UserSettings {
+            host: places.host,
+            deltas: places.state.join("deltas"),
+            cache: places.cache,
+            store: places.store,
+            portals: vec![places.portal],
+            advertise: places.advertise,
+        })?)),
+        PlaneName::Kernel => kernel(options, places),
+    }
+}
+
+#[cfg(feature = "kernel-plane")]
+fn kernel(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, PlaneOpenError> {
+    use crate::plane::kernel::{DELTA_CHUNK_BYTES, KernelPlane, KernelSettings};
+    Ok(Arc::new(KernelPlane::open(KernelSettings {
+        host: places.host,
+        state: places.state.join("kernel"),
+        deltas: places.state.join("kernel-deltas"),
+        cache: places.cache,
+        store: places.store,
+        portals: vec![places.portal],
+        advertise: places.advertise,
+        delta_step: options.delta_step,
+        delta_chunk_bytes: DELTA_CHUNK_BYTES,
+        queue_limit: std::time::Duration::from_secs(options.queue_limit),
+    })?))
+}
+
+#[cfg(not(feature = "kernel-plane"))]
+fn kernel(_: &PlaneOptions, _: Places) -> Result<Arc<dyn Plane>, PlaneOpenError> {
+    Err(PlaneOpenError::NotBuilt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        for (text, bytes) in [
+            ("4096", Some(4096)),
+            ("512M", Some(512 << 20)),
+            ("2g", Some(2 << 30)),
+            ("1T", Some(1 << 40)),
+            ("", None),
+            ("G", None),
+            ("0", None),
+            ("1.5G", None),
+            ("20000000T", None),
+        ] {
+            assert_eq!(size(text).ok(), bytes, "{text}");
+        }
+    }
+
+    #[cfg(not(feature = "kernel-plane"))]
+    #[test]
+    fn a_binary_without_the_kernel_plane_says_how_to_build_one() {
+        let options = PlaneOptions {
+            plane: PlaneName::Kernel,
+            ..PlaneOptions::default()
+        };
+        let places = Places {
+            host: HostName::new("host").unwrap(),
+            state: "/nowhere".into(),
+            cache: "/nowhere".into(),
+            store: None,
+            portal: "127.0.0.1:3260".parse().unwrap(),
+            advertise: None,
+        };
+        let error = open(&options, places).err().unwrap().to_string();
+        assert!(error.contains("--features kernel-plane"), "{error}");
+    }
+}
