@@ -168,8 +168,9 @@ fn common(version: u64, uuid: Uuid, set: Uuid) -> [u8; SUPERBLOCK_BYTES] {
     put(&mut bytes, 24, &MAGIC);
     put(&mut bytes, 40, &uuid.0);
     put(&mut bytes, 56, &set.0);
-    // Blocks of 512 bytes, which every device below takes.
-    put(&mut bytes, 192, &1_u16.to_le_bytes());
+    // Blocks of 4 KiB: the kernel takes none below the device's own, verity's are that long, and a set takes no image whose
+    // blocks are shorter than its own.
+    put(&mut bytes, 192, &8_u16.to_le_bytes());
     bytes
 }
 

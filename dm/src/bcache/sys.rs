@@ -244,12 +244,30 @@ impl Bcache {
         }
         if let Some(Backing { set: Some(set), .. }) = self.backing(below)? {
             let folder = self.set_folder(set);
-            // Cache while the cache is busy, too.
-            for file in ["congested_read_threshold_us", "congested_write_threshold_us"] {
-                self.write("tune a set", &folder.join(file), "0")?;
+            for (file, value) in [
+                // Cache while the cache is busy, too.
+                ("congested_read_threshold_us", "0"),
+                ("congested_write_threshold_us", "0"),
+                // While it gives a cache up, it fails all reads. What cannot be read from the cache is read from below, so it
+                // need not: whoever looks at `errors` moves the bases first.
+                ("io_error_limit", "4294967295"),
+            ] {
+                self.write("tune a set", &folder.join(file), value)?;
             }
         }
         Ok(())
+    }
+
+    /// I/O errors of the set's cache device, since it was registered; the kernel counts to 4,095 and begins again.
+    ///
+    /// # Errors
+    /// [`BcacheError::File`].
+    pub fn errors(&self, set: Uuid) -> Result<u64, BcacheError> {
+        let path = self.set_folder(set).join("cache0/io_errors");
+        let text = fs::read_to_string(&path)
+            .map_err(|source| failed("ask for the errors", &path, Vec::new(), source))?;
+        // What is no number is not none.
+        Ok(text.trim_end().parse().unwrap_or(u64::MAX))
     }
 
     /// What a backing device counts.

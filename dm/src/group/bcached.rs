@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use treeboot_types::Digest;
 
@@ -20,6 +21,13 @@ use crate::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Table, Target, 
 
 /// How a content's superblock file ends; before it stands the digest.
 const SUFFIX: &str = ".superblock";
+
+/// bcache has let go of a device after milliseconds, and seconds on a host that is busy.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(10);
+
+/// I/O errors of a cache device that has failed: bcache's own default. Until the bases are moved, each is a read that went on
+/// to the parents.
+const ERRORS: u64 = 8;
 
 /// Makes the set, or takes over the one that runs.
 pub(super) fn start(group: &Group, is_new: bool) -> Result<(), GroupError> {
@@ -119,7 +127,12 @@ pub(super) fn health(group: &Group) -> Result<Health, GroupError> {
         // Its bases go on, uncached, by themselves.
         return Ok(Health::Failed("bcache has given the cache set up".into()));
     }
-    Ok(Health::Good)
+    match bcache.errors(group.life())? {
+        errors if errors >= ERRORS => Ok(Health::Failed(format!(
+            "the cache device has had {errors} I/O errors"
+        ))),
+        _ => Ok(Health::Good),
+    }
 }
 
 /// Stops all that is left of a group, whose state may be lost.
@@ -133,7 +146,31 @@ pub(super) fn discard(mapper: &Mapper, folder: &Path, life: Option<Uuid>) -> Res
     let (Some(life), Ok(bcache)) = (life, Bcache::new()) else {
         return Ok(());
     };
-    Ok(bcache.end_set(life)?)
+    end_set(mapper, &bcache, life)
+}
+
+/// Ends the set, until its device can be removed.
+pub(super) fn end_set(mapper: &Mapper, bcache: &Bcache, life: Uuid) -> Result<(), GroupError> {
+    bcache.end_set(life)?;
+    let_go(mapper, &DmDevice::CacheData)
+}
+
+/// bcache lets go of a device some time after it is gone from sysfs. One that somebody else holds shows when it is to be
+/// removed.
+fn let_go(mapper: &Mapper, device: &DmDevice) -> Result<(), GroupError> {
+    let began = Instant::now();
+    while mapper.find(device)?.is_some_and(|seen| seen.open_count > 0) && began.elapsed() < LETS_GO_WITHIN {
+        pause();
+    }
+    Ok(())
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "between two looks at a condition with a deadline; bcache tells nobody"
+)]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
 }
 
 /// Removes what is left of superblocks of an earlier life.
@@ -150,6 +187,7 @@ fn stop(mapper: &Mapper, folder: &Path, content: &Digest) -> Result<(), GroupErr
     let device = DmDevice::Backing(*content);
     if let Some(below) = mapper.number(&device)? {
         Bcache::new()?.stop(below)?;
+        let_go(mapper, &device)?;
         mapper.remove(&device)?;
     }
     for found in loops::find(&superblock_file(folder, content))? {

@@ -50,17 +50,17 @@ pub(super) fn start(group: &Group, is_new: bool) -> Result<(), GroupError> {
         load_origins(group, &[])?;
     }
     let table = cache_table(group)?;
-    let runs = group
-        .mapper
-        .table(&DmDevice::CacheGroup)?
-        .is_some_and(|found| found.same_mapping(&table));
     group
         .mapper
         .ensure(&DmDevice::CacheGroup, &table, Mode::ReadWrite)?;
-    if runs {
-        // dm-cache looks at the length of its data device when it is resumed.
-        group.mapper.suspend(&DmDevice::CacheGroup)?;
-        group.mapper.resume(&DmDevice::CacheGroup)?;
+    if let Some(CacheStatus::Counts(counts)) = status(group)? {
+        let room = group.layout.data.length();
+        if counts.usable() && counts.total < room.0 / BLOCK.0 {
+            // dm-cache looks at the length of its data device when a table is loaded.
+            group
+                .mapper
+                .reload(&DmDevice::CacheGroup, &table, Mode::ReadWrite)?;
+        }
     }
     Ok(())
 }

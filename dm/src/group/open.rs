@@ -222,7 +222,7 @@ impl Group {
                 self.mapper.remove(&DmDevice::CacheGroup)?;
                 self.mapper.remove(&DmDevice::Origins)?;
             }
-            Kind::Bcache => Bcache::new()?.end_set(self.life())?,
+            Kind::Bcache => bcached::end_set(&self.mapper, &Bcache::new()?, self.life())?,
         }
         self.mapper.remove(&DmDevice::CacheData)?;
         self.mapper.remove(&DmDevice::CacheMetadata)?;

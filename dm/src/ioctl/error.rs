@@ -194,3 +194,19 @@ fn line_of(table: &Table, reason: &[String]) -> Option<String> {
     })?;
     Some(line.to_string())
 }
+
+/// The module whose absence the kernel's reason tells of.
+pub(super) fn missing_module(table: &Table, reason: &[String]) -> Option<Missing> {
+    let says = |text: &str| reason.iter().any(|line| line.contains(text));
+    let module = table.lines().iter().find_map(|line| {
+        let target = &line.target;
+        if says(&format!("{}: unknown target type", target.kind())) {
+            Some(target.module())
+        } else if says("unknown path selector type") || says("Error creating cache's policy") {
+            target.helper_module()
+        } else {
+            None
+        }
+    })?;
+    Some(Missing::Module { module })
+}

@@ -19,7 +19,7 @@ use crate::log::KernelLog;
 use crate::status::StatusLine;
 use crate::{DeviceNumber, DmDevice, Line, Missing, Sectors, Status, Table};
 pub use error::{MapperError, Refusal};
-use error::{errno, refused_late};
+use error::{errno, missing_module, refused_late};
 
 const CONTROL: &str = "/dev/mapper/control";
 
@@ -233,6 +233,25 @@ impl Mapper {
             node::ensure(device, seen.number);
             return Ok(Outcome::Identity);
         }
+        self.replace(device, &seen, table, mode)?;
+        node::ensure(device, seen.number);
+        Ok(Outcome::Reloaded)
+    }
+
+    /// Loads the table that a device has once more, for targets that look at what is below them only then.
+    ///
+    /// # Errors
+    /// As [`Self::ensure`]; [`MapperError::Absent`].
+    pub fn reload(&self, device: &DmDevice, table: &Table, mode: Mode) -> Result<(), MapperError> {
+        let Some(seen) = self.find(device)? else {
+            return Err(MapperError::Absent {
+                device: device.clone(),
+            });
+        };
+        self.replace(device, &seen, table, mode)
+    }
+
+    fn replace(&self, device: &DmDevice, seen: &Seen, table: &Table, mode: Mode) -> Result<(), MapperError> {
         let old = self.raw(device, DmFlags::DM_STATUS_TABLE)?;
         self.load(device, seen.number, table, mode)?;
         if let Err(first) = self.resume(device) {
@@ -244,8 +263,7 @@ impl Mapper {
             };
             return Err(self.back_to(device, seen.number, &old, old_mode, first));
         }
-        node::ensure(device, seen.number);
-        Ok(Outcome::Reloaded)
+        Ok(())
     }
 
     /// Stops the device's I/O until [`Self::resume`]: what is in flight is waited for, what comes waits.
@@ -570,20 +588,4 @@ pub(crate) fn holders(sys: &Path, number: DeviceNumber) -> Vec<String> {
         .collect();
     names.sort();
     names
-}
-
-/// The module whose absence the kernel's reason tells of.
-fn missing_module(table: &Table, reason: &[String]) -> Option<Missing> {
-    let says = |text: &str| reason.iter().any(|line| line.contains(text));
-    let module = table.lines().iter().find_map(|line| {
-        let target = &line.target;
-        if says(&format!("{}: unknown target type", target.kind())) {
-            Some(target.module())
-        } else if says("unknown path selector type") || says("Error creating cache's policy") {
-            target.helper_module()
-        } else {
-            None
-        }
-    })?;
-    Some(Missing::Module { module })
 }

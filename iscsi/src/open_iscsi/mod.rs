@@ -18,8 +18,6 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use treeboot_types::{HostName, Iqn};
@@ -80,7 +78,6 @@ pub struct OpenIscsi {
     initiator: Iqn,
     settings: Settings,
     places: Places,
-    iface_is_made: Arc<AtomicBool>,
 }
 
 impl OpenIscsi {
@@ -95,7 +92,6 @@ impl OpenIscsi {
             initiator: Iqn::of_host(host),
             settings,
             places,
-            iface_is_made: Arc::default(),
         }
     }
 
@@ -191,18 +187,17 @@ impl OpenIscsi {
 
     /// Our interface record: our name instead of the machine's, over TCP.
     fn make_iface(&self) -> Result<(), OpenIscsiError> {
-        if self.iface_is_made.load(Ordering::Acquire) {
-            return Ok(());
-        }
         if !self.has_iface() {
-            self.iscsiadm(&["-m", "iface", "-I", IFACE, "-o", "new"])?;
+            // Made anew it would lose its name for a moment, and with sessions through it open-iscsi refuses that.
+            if self.iface_path().is_none() {
+                self.iscsiadm(&["-m", "iface", "-I", IFACE, "-o", "new"])?;
+            }
             let name = self.initiator.as_str();
             let mut args = vec!["-m", "iface", "-I", IFACE, "-o", "update"];
             args.extend(["-n", "iface.transport_name", "-v", "tcp"]);
             args.extend(["-n", "iface.initiatorname", "-v", name]);
             self.iscsiadm(&args)?;
         }
-        self.iface_is_made.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -257,10 +252,17 @@ impl OpenIscsi {
                 None => tracing::debug!(%endpoint, sid = found.sid, "logged out"),
             }
         }
-        if self.record_path(endpoint).is_some() {
-            with(&["-o", "delete"])?;
+        if self.record_path(endpoint).is_none() {
+            return Ok(());
         }
-        Ok(())
+        match with(&["-o", "delete"]) {
+            // A session under another name, of this host before it was renamed, still goes by this record.
+            Err(OpenIscsiError::Failed {
+                code: ExitCode::SessionExists,
+                ..
+            }) => Ok(()),
+            other => other,
+        }
     }
 
     /// Our sessions, from sysfs. Where the kernel has no iSCSI at all there are none.
@@ -278,6 +280,11 @@ impl OpenIscsi {
     pub fn session(&self, endpoint: &Endpoint) -> Result<Option<SeenSession>, OpenIscsiError> {
         let sessions = self.sessions()?;
         Ok(sessions.into_iter().find(|session| session.endpoint == *endpoint))
+    }
+
+    /// Has open-iscsi a record of ours for this endpoint?
+    pub fn has_record(&self, endpoint: &Endpoint) -> bool {
+        self.records().contains(endpoint)
     }
 
     /// Looks for units that the target shows newly, and at the size of those that are there.
@@ -301,7 +308,6 @@ impl OpenIscsi {
             first = first.and(self.logout(&endpoint));
         }
         if self.iface_path().is_some() {
-            self.iface_is_made.store(false, Ordering::Release);
             let deleted = self.iscsiadm(&["-m", "iface", "-I", IFACE, "-o", "delete"]);
             first = first.and(deleted);
         }
