@@ -8,7 +8,7 @@ use super::execute::{self, Outcome};
 use super::registry::count;
 use super::reply::residual;
 use super::transfer::MAX_TASKS;
-use crate::pdu::{Bhs, Pdu, PduError, ScsiCommand, opcode, reject_reason};
+use crate::pdu::{Bhs, Pdu, PduError, ScsiCommand, TaskAttribute, opcode, reject_reason};
 use crate::scsi::{Action, Sense, status, unit};
 use crate::session::Admission;
 
@@ -147,7 +147,7 @@ impl Connection {
             return Ok(());
         }
         match pdu {
-            Pdu::ScsiCommand(command) => self.scsi(&command, bhs, ahs, data, counted, cx),
+            Pdu::ScsiCommand(command) => self.arrived(&command, bhs, ahs, data, counted, cx),
             Pdu::DataOut(out) => return self.data_out(&out, data, cx),
             Pdu::NopOut(nop) => self.nop(&nop, data, counted),
             Pdu::TaskManagementRequest(request) => {
@@ -168,7 +168,8 @@ impl Connection {
         Ok(())
     }
 
-    fn scsi(
+    /// A SCSI command has come.
+    fn arrived(
         &mut self,
         command: &ScsiCommand,
         bhs: &Bhs,
@@ -177,13 +178,36 @@ impl Connection {
         counted: bool,
         cx: &mut Context<'_>,
     ) {
-        let Some(target) = &self.target else { return };
         count(&self.handle.counters.commands, 1);
-        if self.tasks.contains_key(&command.itt) {
+        if self.tasks.contains_key(&command.itt) || self.barrier.holds(command.itt) {
             self.over(counted);
             self.breach(&format_args!("the tag {:#x} of a task in progress", command.itt));
             return self.reject(reject_reason::TASK_IN_PROGRESS, bhs);
         }
+        let plain = command.attribute != TaskAttribute::Ordered && self.barrier.is_down();
+        if !plain && self.must_wait(command) {
+            return self.wait_in_order(command, ahs, data, counted);
+        }
+        self.scsi(command, ahs, data, counted, cx);
+    }
+
+    /// Carries out a SCSI command whose turn it is.
+    pub(super) fn scsi(
+        &mut self,
+        command: &ScsiCommand,
+        ahs: bool,
+        data: &[u8],
+        counted: bool,
+        cx: &mut Context<'_>,
+    ) {
+        self.begin(command, ahs, data, counted, cx);
+        if command.attribute == TaskAttribute::Ordered {
+            self.ordered_began(command.itt);
+        }
+    }
+
+    fn begin(&mut self, command: &ScsiCommand, ahs: bool, data: &[u8], counted: bool, cx: &mut Context<'_>) {
+        let Some(target) = &self.target else { return };
         let number = command.lun.number();
         // LUNs are mostly few and dense, so the number is mostly the place.
         let place = number.and_then(|n| match target.luns.get(usize::from(n)) {

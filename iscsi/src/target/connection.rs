@@ -11,6 +11,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::{Instant, Sleep};
 use treeboot_types::Iqn;
 
+use super::barrier::Barrier;
 use super::buffers::{Block, Input, Output, Pool};
 use super::command::Held;
 use super::execute::Outcome;
@@ -190,6 +191,7 @@ pub(super) struct Connection {
     /// Writes whose next R2T waits for memory.
     pub(super) starved: Vec<u32>,
     pub(super) flushes: Vec<Flush>,
+    pub(super) barrier: Barrier,
     pub(super) abortions: Vec<Abortion>,
     pub(super) running: FuturesUnordered<Work>,
     /// Large reads whose next piece waits for room.
@@ -308,6 +310,7 @@ impl Connection {
             changing: BTreeMap::new(),
             starved: Vec::new(),
             flushes: Vec::new(),
+            barrier: Barrier::default(),
             abortions: Vec::new(),
             running: FuturesUnordered::new(),
             stalled: VecDeque::new(),
@@ -353,6 +356,7 @@ impl Connection {
                 self.done(done, cx);
             }
             self.parse(cx)?;
+            self.release_waiting(cx)?;
             self.resume(cx);
             let written = match self.output.poll_flush(&mut self.socket, &mut self.pool, cx)? {
                 Poll::Ready(bytes) => {

@@ -66,7 +66,11 @@ impl Connection {
                     Some(serial) => self.abort_where(|task| task.serial == serial),
                     None => {
                         self.over(counted);
-                        let response = self.abort_early(request);
+                        let waited = self.abort_waiting(|itt, _| itt == request.referenced_itt);
+                        let response = match waited {
+                            true => task_response::COMPLETE,
+                            false => self.abort_early(request),
+                        };
                         return self.task_response(request.itt, response);
                     }
                 }
@@ -137,6 +141,7 @@ impl Connection {
 
     /// Aborts tasks: none of them is answered. Gives the serials of those that must end on their device first.
     pub(super) fn abort_where(&mut self, which: impl Fn(&Task) -> bool) -> Vec<u64> {
+        self.abort_waiting(|_, task| which(task));
         let mut waits = Vec::new();
         let hit: Vec<u32> = self
             .tasks

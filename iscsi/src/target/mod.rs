@@ -4,6 +4,7 @@
 //! whose device answers at the first poll is answered without a task switch; replies to commands that came together
 //! leave together. Deliberately absent: several connections a session, and ErrorRecoveryLevel above 0.
 
+mod barrier;
 mod buffers;
 mod command;
 mod connection;

@@ -133,6 +133,9 @@ impl Connection {
             ..
         }) = self.tasks.get_mut(&out.itt)
         else {
+            if !self.barrier.is_down() && self.kept_for_waiting(out, data) {
+                return Ok(());
+            }
             // For a task that was aborted or failed early: nothing is to be done with it.
             if !self.late_data {
                 self.breach(&format_args!(

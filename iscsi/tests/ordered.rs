@@ -1,0 +1,281 @@
+//! Attributes of tasks on the wire: ORDERED waits and is waited for, HEAD OF QUEUE passes what waits.
+
+#![allow(dead_code, reason = "the support is shared with other tests")]
+#![allow(clippy::unwrap_used, reason = "a panic here is a test that fails")]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use support::{Client, TARGET, serve};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use treeboot_block::{BlockDevice, BlockError, Extent, Geometry, IoFuture, Provisioning};
+use treeboot_iscsi::login::Terms;
+use treeboot_iscsi::pdu::{
+    DataOut, LunField, NO_TAG, Pdu, ScsiCommand, TaskAttribute, TaskFunction, TaskManagementRequest,
+    task_response,
+};
+use treeboot_iscsi::scsi::status;
+
+/// No wait of a test is longer.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A device that notes what begins, by block, and ends it when it is told to.
+struct Slow {
+    begun: watch::Sender<Vec<u64>>,
+    may_end: watch::Sender<BTreeSet<u64>>,
+    written: Mutex<Vec<u8>>,
+}
+
+impl Slow {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            begun: watch::Sender::new(Vec::new()),
+            may_end: watch::Sender::new(BTreeSet::new()),
+            written: Mutex::default(),
+        })
+    }
+
+    async fn act(&self, offset: u64) -> Result<(), BlockError> {
+        let block = offset / 512;
+        self.begun.send_modify(|begun| begun.push(block));
+        let mut may_end = self.may_end.subscribe();
+        may_end.wait_for(|blocks| blocks.contains(&block)).await.unwrap();
+        Ok(())
+    }
+
+    fn end(&self, block: u64) {
+        self.may_end.send_modify(|blocks| {
+            blocks.insert(block);
+        });
+    }
+
+    /// Waits until so many operations have begun; which, and in which order.
+    async fn until_begun(&self, count: usize) -> Vec<u64> {
+        let mut begun = self.begun.subscribe();
+        let reached = timeout(DEADLINE, begun.wait_for(|begun| begun.len() >= count)).await;
+        reached.expect("operations to begin").unwrap().clone()
+    }
+}
+
+impl BlockDevice for Slow {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            bytes: 1 << 20,
+            block_bytes: 512,
+            physical_block_bytes: 512,
+            read_only: false,
+            thin: false,
+        }
+    }
+
+    fn read<'a>(&'a self, offset: u64, _buf: &'a mut [u8]) -> IoFuture<'a, ()> {
+        Box::pin(self.act(offset))
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> IoFuture<'a, ()> {
+        Box::pin(async move {
+            self.act(offset).await?;
+            self.written.lock().unwrap().extend_from_slice(data);
+            Ok(())
+        })
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn discard(&self, offset: u64, _bytes: u64) -> IoFuture<'_, ()> {
+        Box::pin(self.act(offset))
+    }
+
+    fn extent(&self, _offset: u64, bytes: u64) -> IoFuture<'_, Extent> {
+        let state = Provisioning::Mapped;
+        Box::pin(async move { Ok(Extent { bytes, state }) })
+    }
+}
+
+fn command(client: &mut Client, block: u8, attribute: TaskAttribute, opcode: u8, blocks: u8) -> ScsiCommand {
+    let cmd_sn = client.cmd_sn;
+    client.cmd_sn = cmd_sn.wrapping_add(1);
+    let mut cdb = [0; 16];
+    (cdb[0], cdb[5], cdb[8]) = (opcode, block, blocks);
+    ScsiCommand {
+        immediate: false,
+        final_: true,
+        read: opcode == 0x28,
+        write: opcode == 0x2a,
+        attribute,
+        lun: LunField(0),
+        itt: block.into(),
+        expected_bytes: u32::from(blocks) * 512,
+        cmd_sn,
+        exp_stat_sn: 0,
+        cdb,
+    }
+}
+
+/// READ (10) of one block, whose tag is the block's number.
+async fn read(client: &mut Client, block: u8, attribute: TaskAttribute) {
+    let pdu = command(client, block, attribute, 0x28, 1);
+    client.send(&pdu.into(), &[]).await;
+}
+
+/// The tag and status of the next command to end.
+async fn ended(client: &mut Client) -> (u32, u8) {
+    match client.receive().await.0 {
+        Pdu::DataIn(data) => (data.itt, data.status.unwrap()),
+        Pdu::ScsiResponse(response) => (response.itt, response.status),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn an_ordered_task_waits_for_those_before_it_and_those_after_it_wait_for_it() {
+    let device = Slow::new();
+    let (_server, portal) = serve(device.clone()).await;
+    let mut client = Client::login(portal, TARGET, 0).await;
+    let mut other = Client::login(portal, TARGET, 1).await;
+    for (block, attribute) in [
+        (1, TaskAttribute::Simple),
+        (2, TaskAttribute::Untagged),
+        (3, TaskAttribute::Ordered),
+        (4, TaskAttribute::Simple),
+        (5, TaskAttribute::Ordered),
+        (6, TaskAttribute::HeadOfQueue),
+    ] {
+        read(&mut client, block, attribute).await;
+    }
+    assert_eq!(device.until_begun(3).await, [1, 2, 6]);
+    // Another session's tasks are not held up.
+    read(&mut other, 9, TaskAttribute::Simple).await;
+    assert_eq!(device.until_begun(4).await, [1, 2, 6, 9]);
+    for block in [1, 2] {
+        device.end(block);
+        assert_eq!(ended(&mut client).await, (block as u32, status::GOOD));
+    }
+    device.end(6);
+    assert_eq!(ended(&mut client).await, (6, status::GOOD));
+    assert_eq!(device.until_begun(5).await, [1, 2, 6, 9, 3]);
+    read(&mut client, 7, TaskAttribute::HeadOfQueue).await;
+    assert_eq!(device.until_begun(6).await, [1, 2, 6, 9, 3, 7]);
+    device.end(7);
+    assert_eq!(ended(&mut client).await, (7, status::GOOD));
+    device.end(3);
+    assert_eq!(ended(&mut client).await, (3, status::GOOD));
+    assert_eq!(device.until_begun(7).await, [1, 2, 6, 9, 3, 7, 4]);
+    device.end(4);
+    assert_eq!(ended(&mut client).await, (4, status::GOOD));
+    assert_eq!(device.until_begun(8).await, [1, 2, 6, 9, 3, 7, 4, 5]);
+    device.end(5);
+    assert_eq!(ended(&mut client).await, (5, status::GOOD));
+    // Nothing is left over that would hold up what comes now.
+    read(&mut client, 10, TaskAttribute::Simple).await;
+    device.until_begun(9).await;
+}
+
+#[tokio::test]
+async fn an_ordered_task_that_is_aborted_while_it_waits_holds_up_nobody() {
+    let device = Slow::new();
+    let (_server, portal) = serve(device.clone()).await;
+    let mut client = Client::login(portal, TARGET, 0).await;
+    for (block, attribute) in [
+        (1, TaskAttribute::Simple),
+        (2, TaskAttribute::Ordered),
+        (3, TaskAttribute::Simple),
+    ] {
+        read(&mut client, block, attribute).await;
+    }
+    device.until_begun(1).await;
+    let abort = TaskManagementRequest {
+        immediate: true,
+        function: TaskFunction::AbortTask,
+        lun: LunField(0),
+        itt: 20,
+        referenced_itt: 2,
+        cmd_sn: client.cmd_sn,
+        exp_stat_sn: 0,
+        ref_cmd_sn: client.cmd_sn.wrapping_sub(2),
+        exp_data_sn: 0,
+    };
+    client.send(&abort.into(), &[]).await;
+    let answer = client.receive().await.0;
+    assert!(
+        matches!(answer, Pdu::TaskManagementResponse(r) if (r.itt, r.response) == (20, task_response::COMPLETE)),
+        "{answer:?}"
+    );
+    assert_eq!(device.until_begun(2).await, [1, 3]);
+    device.end(3);
+    assert_eq!(ended(&mut client).await, (3, status::GOOD));
+    // All of a unit's tasks: those that wait are among them.
+    read(&mut client, 4, TaskAttribute::Ordered).await;
+    let set = TaskManagementRequest {
+        function: TaskFunction::AbortTaskSet,
+        itt: 21,
+        referenced_itt: NO_TAG,
+        ..abort
+    };
+    client.send(&set.into(), &[]).await;
+    let answer = client.receive().await.0;
+    assert!(
+        matches!(answer, Pdu::TaskManagementResponse(r) if (r.itt, r.response) == (21, task_response::COMPLETE)),
+        "{answer:?}"
+    );
+    read(&mut client, 5, TaskAttribute::Ordered).await;
+    assert_eq!(device.until_begun(3).await, [1, 3, 5]);
+}
+
+#[tokio::test]
+async fn a_write_that_waits_keeps_its_data_and_too_much_of_it_is_told_to_come_again() {
+    let device = Slow::new();
+    let (_server, portal) = serve(device.clone()).await;
+    let terms = Terms {
+        first_burst_bytes: 64 * 1024,
+        ..Terms::default()
+    };
+    let mut client = Client::login_with(portal, TARGET, 0, terms).await;
+    read(&mut client, 1, TaskAttribute::Simple).await;
+    device.until_begun(1).await;
+    let write = ScsiCommand {
+        final_: false,
+        ..command(&mut client, 2, TaskAttribute::Ordered, 0x2a, 3)
+    };
+    client.send(&write.into(), &[1; 512]).await;
+    for (data_sn, byte) in [(0, 2), (1, 3)] {
+        let out = DataOut {
+            final_: data_sn == 1,
+            lun: LunField(0),
+            itt: 2,
+            ttt: NO_TAG,
+            exp_stat_sn: 0,
+            data_sn,
+            buffer_offset: 512 * (1 + data_sn),
+        };
+        client.send(&out.into(), &[byte; 512]).await;
+    }
+    // 32 KiB with each: the bound of a mebibyte is met before the window's.
+    let mut full = None;
+    for tag in 3..60 {
+        let write = command(&mut client, tag, TaskAttribute::Simple, 0x2a, 64);
+        client.send(&write.into(), &[tag; 32 * 1024]).await;
+        if tag >= 34 {
+            full = Some(ended(&mut client).await);
+            break;
+        }
+    }
+    assert_eq!(full, Some((34, status::TASK_SET_FULL)));
+    device.end(1);
+    assert_eq!(ended(&mut client).await, (1, status::GOOD));
+    assert_eq!(device.until_begun(2).await, [1, 2]);
+    device.end(2);
+    assert_eq!(ended(&mut client).await, (2, status::GOOD));
+    let written = device.written.lock().unwrap().clone();
+    assert_eq!(written, [[1; 512], [2; 512], [3; 512]].concat());
+    for tag in 3..34 {
+        device.end(tag);
+        assert_eq!(ended(&mut client).await, (tag as u32, status::GOOD));
+    }
+}
