@@ -12,13 +12,37 @@ use crate::scratch::Scratch;
 use crate::wait::wait_until;
 
 /// From its start to its first answer.
-const READY_WITHIN: Duration = Duration::from_secs(10);
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// How tgtd serves a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Disk {
+    /// Write-protected.
+    pub read_only: bool,
+    /// Thin: it says that it gives space back.
+    pub thin: bool,
+    /// Logical block in bytes.
+    pub block_bytes: u32,
+    /// How many portals.
+    pub portals: usize,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            thin: false,
+            block_bytes: 512,
+            portals: 1,
+        }
+    }
+}
 
 /// A running tgtd with one target, whose LUN 1 is a raw file.
 #[derive(Debug)]
 pub struct Tgt {
     child: Child,
-    portal: SocketAddr,
+    portals: Vec<SocketAddr>,
     target: String,
 }
 
@@ -36,16 +60,41 @@ impl Tgt {
         file: &Path,
         read_only: bool,
     ) -> Result<Self> {
+        let disk = Disk {
+            read_only,
+            ..Disk::default()
+        };
+        Self::serve_disk(scratch, name, address, file, disk).await
+    }
+
+    /// Serves a raw file as a disk of these properties.
+    ///
+    /// # Errors
+    /// As [`Tgt::serve`].
+    pub async fn serve_disk(
+        scratch: &Scratch,
+        name: &str,
+        address: IpAddr,
+        file: &Path,
+        disk: Disk,
+    ) -> Result<Self> {
         let folder = scratch.path().join(name);
         fs::create_dir_all(&folder)?;
         // It cannot choose a port by itself, so one that was free a moment ago.
-        let portal = TcpListener::bind((address, 0))?.local_addr()?;
+        let free: Vec<TcpListener> = (0..disk.portals.max(1))
+            .map(|_| TcpListener::bind((address, 0)))
+            .collect::<std::io::Result<_>>()?;
+        let portals: Vec<SocketAddr> = free
+            .iter()
+            .map(TcpListener::local_addr)
+            .collect::<std::io::Result<_>>()?;
+        drop(free);
         let socket = folder.join("control");
         let log = fs::File::create(folder.join("tgtd.log"))?;
         let child = scratch
             .command("tgtd")
             .args(["--foreground", "--iscsi"])
-            .arg(format!("portal={portal}"))
+            .arg(format!("portal={}", portals[0]))
             .env("TGT_IPC_SOCKET", &socket)
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -53,7 +102,7 @@ impl Tgt {
             .context("could not start tgtd (apt-get install tgt)")?;
         let mut tgt = Self {
             child,
-            portal,
+            portals: portals.clone(),
             target: format!("iqn.2026-11.org.example:{name}"),
         };
         let admin = |arguments: &str| -> Result<()> {
@@ -78,15 +127,22 @@ impl Tgt {
             Ok(admin("--mode target --op show").is_ok().then_some(()))
         })
         .await?;
+        for portal in portals.iter().skip(1) {
+            admin(&format!("--mode portal --op new --param portal={portal}"))?;
+        }
         admin(&format!(
             "--mode target --op new --tid 1 --targetname {}",
             tgt.target
         ))?;
         admin(&format!(
-            "--mode logicalunit --op new --tid 1 --lun 1 --backing-store {}",
+            "--mode logicalunit --op new --tid 1 --lun 1 --blocksize {} --backing-store {}",
+            disk.block_bytes,
             file.display()
         ))?;
-        if read_only {
+        if disk.thin {
+            admin("--mode logicalunit --op update --tid 1 --lun 1 --params thin_provisioning=1")?;
+        }
+        if disk.read_only {
             admin("--mode logicalunit --op update --tid 1 --lun 1 --params readonly=1")?;
         }
         admin("--mode target --op bind --tid 1 --initiator-address ALL")?;
@@ -96,7 +152,17 @@ impl Tgt {
     /// The disk's URL.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("iscsi://{}/{}/1", self.portal, self.target)
+        self.url_at(self.portals[0])
+    }
+
+    /// The disk's URL by each of its portals.
+    #[must_use]
+    pub fn urls(&self) -> Vec<String> {
+        self.portals.iter().map(|portal| self.url_at(*portal)).collect()
+    }
+
+    fn url_at(&self, portal: SocketAddr) -> String {
+        format!("iscsi://{portal}/{}/1", self.target)
     }
 
     /// Its process.

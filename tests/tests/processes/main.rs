@@ -8,6 +8,7 @@ mod boot;
 mod bytes;
 mod faults;
 mod harness;
+mod iscsi_suite;
 mod kernel_initiator;
 mod names;
 mod support;

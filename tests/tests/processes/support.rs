@@ -25,6 +25,14 @@ pub(crate) fn on_own_thread<T>(machine: Machine, test: T) -> Result<()>
 where
     T: AsyncFnOnce() -> Result<()> + Send + 'static,
 {
+    on_own_thread_within(TEST_LIMIT, machine, test)
+}
+
+/// As [`on_own_thread`], for a test that takes longer than others.
+pub(crate) fn on_own_thread_within<T>(limit: Duration, machine: Machine, test: T) -> Result<()>
+where
+    T: AsyncFnOnce() -> Result<()> + Send + 'static,
+{
     let thread = std::thread::spawn(move || {
         let (_shared, _alone) = match machine {
             Machine::Shared => (Some(MACHINE.read()), None),
@@ -34,7 +42,7 @@ where
             .enable_all()
             .build()
             .context("no runtime")?;
-        runtime.block_on(async { within(TEST_LIMIT, "the test", test()).await? })
+        runtime.block_on(async { within(limit, "the test", test()).await? })
     });
     match thread.join() {
         Ok(result) => result,
