@@ -1,7 +1,7 @@
 //! bcache: superblocks of our own making, and the kernel's sysfs files.
 //!
 //! One cache set on the cache group's device, one backing device a content. bcache caches what is read through it at the
-//! first reading, which dm-cache does not; what it misses is in `docs/figures.md`.
+//! first reading, which dm-cache does not; what it misses is in `docs/kernel-plane.md`.
 //!
 //! Two of its defaults would break a base: it stops a device for good after 64 errors of the parents, and it reads past the
 //! cache what looks sequential or what comes while the cache is busy. [`Bcache::tune`] sets all three.

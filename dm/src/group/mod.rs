@@ -8,7 +8,7 @@
 //! | --- | --- | --- |
 //! | what a read caches | what it read, at once; some is missed at full speed | nothing; only the filler caches |
 //! | the filler | reads through it, paced | reads from verity once, writes whole blocks through the cache; the writes to the image vanish below (`Target::DropWrites`) |
-//! | cache device fails | reads go on from the parents by themselves | reads of cached blocks **fail** until the base has the table of [`uncached`] |
+//! | cache device fails | each read goes on to the parents; [`Group::health`] sees it | reads of cached blocks **fail** until the base has the table of [`uncached`] |
 //! | devices added | rebuild | in use, by opening the group again with more devices |
 //! | images in a cache's life | 512 (buckets of 64 KiB) to 4,096 (512 KiB) | 140,000 of 15 GB |
 //!

@@ -97,7 +97,7 @@ pub enum Persistence {
 }
 
 /// Chunk of a disk's delta, 4 KiB: the block of file systems and of verity. A larger one makes each small write read the rest
-/// of its chunk from the base, thus from the parents, and takes that much more room (decision 0102, docs/figures.md).
+/// of its chunk from the base, thus from the parents, and takes that much more room (decision 0102, docs/kernel-plane.md).
 pub const DELTA_CHUNK: Sectors = Sectors(8);
 
 /// With an up interval of 0, dm-flakey is in its down interval at any time, whatever its length; the longest says so.

@@ -61,10 +61,10 @@ pub(crate) const GROUP: crate::Group = crate::Group {
     sweep: devices::sweep,
 };
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// A cache, sparse. bcache keeps the more of what is read the more buckets it has: this makes 16,384.
-const CACHE_BYTES: u64 = 1032 * MIB;
+pub(crate) const CACHE_BYTES: u64 = 1032 * MIB;
 
 /// What the filler goes at in every case; fast enough for bcache to keep nearly all.
 const BYTES_PER_SECOND: u64 = 20_000_000;
@@ -155,7 +155,7 @@ impl Bench {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a pace is kept by waiting")]
-fn wait(time: Duration) {
+pub(crate) fn wait(time: Duration) {
     thread::sleep(time);
 }
 

@@ -11,6 +11,7 @@ mod cache;
 mod devices;
 mod dm;
 mod iscsi;
+mod measure;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -37,7 +38,7 @@ struct Group {
     sweep: fn(),
 }
 
-const GROUPS: &[Group] = &[dm::GROUP, cache::GROUP, iscsi::GROUP];
+const GROUPS: &[Group] = &[dm::GROUP, cache::GROUP, iscsi::GROUP, measure::GROUP];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
