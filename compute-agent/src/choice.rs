@@ -35,6 +35,22 @@ pub enum PlaneName {
     Kernel,
 }
 
+/// What caches on the kernel plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CacheKind {
+    /// bcache: caches what is read, and goes on without its device where that fails.
+    Bcache,
+    /// dm-cache: caches what the agent brings in.
+    DmCache,
+    /// Nothing: each read goes to a parent.
+    None,
+}
+
+/// A size, or none at all.
+fn rate(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { size(text) }
+}
+
 /// What a person may choose about the plane.
 #[derive(Debug, Clone, clap::Args)]
 pub struct PlaneOptions {
@@ -45,6 +61,24 @@ pub struct PlaneOptions {
     /// giving it, sparse, all the room that it can come to need.
     #[arg(long, env = "TREEBOOT_DELTA_STEP", value_name = "SIZE", value_parser = size)]
     pub delta_step: Option<u64>,
+    /// Kernel plane: what caches.
+    #[arg(long, env = "TREEBOOT_CACHE_KIND", value_enum, default_value_t = CacheKind::Bcache)]
+    pub cache_kind: CacheKind,
+    /// Kernel plane: cache on this block device or file, which must begin with zeroes; may be given several times. [default: a sparse
+    /// file in the cache directory]
+    #[arg(
+        long = "cache-device",
+        env = "TREEBOOT_CACHE_DEVICES",
+        value_name = "PATH",
+        value_delimiter = ','
+    )]
+    pub cache_devices: Vec<PathBuf>,
+    /// Kernel plane: how large the cache's file may become where no cache device is given.
+    #[arg(long, env = "TREEBOOT_CACHE_SIZE", value_name = "SIZE", value_parser = size, default_value = "4G")]
+    pub cache_size: u64,
+    /// Kernel plane: how fast an attached image is brought into the cache, in bytes per second; 0: only what is read is cached.
+    #[arg(long, env = "TREEBOOT_FILL_RATE", value_name = "SIZE", value_parser = rate, default_value = "20M")]
+    pub fill_rate: u64,
     /// Kernel plane: how many seconds reads wait while no parent answers before they fail.
     #[arg(long, env = "TREEBOOT_QUEUE_LIMIT", value_name = "SECONDS", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -57,6 +91,10 @@ impl Default for PlaneOptions {
             plane: PlaneName::User,
             delta_step: None,
             queue_limit: 60,
+            cache_kind: CacheKind::Bcache,
+            cache_devices: Vec::new(),
+            cache_size: 4 << 30,
+            fill_rate: 20 << 20,
         }
     }
 }
@@ -108,7 +146,13 @@ pub(crate) fn open(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Pla
 
 #[cfg(feature = "kernel-plane")]
 fn kernel(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, PlaneOpenError> {
-    use crate::plane::kernel::{DELTA_CHUNK_BYTES, KernelPlane, KernelSettings};
+    use crate::plane::kernel::{CacheSettings, DELTA_CHUNK_BYTES, KernelPlane, KernelSettings};
+    use treeboot_dm::group::Kind;
+    let kind = match options.cache_kind {
+        CacheKind::Bcache => Some(Kind::Bcache),
+        CacheKind::DmCache => Some(Kind::DmCache),
+        CacheKind::None => None,
+    };
     Ok(Arc::new(KernelPlane::open(KernelSettings {
         host: places.host,
         state: places.state.join("kernel"),
@@ -120,6 +164,12 @@ fn kernel(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, Plan
         delta_step: options.delta_step,
         delta_chunk_bytes: DELTA_CHUNK_BYTES,
         queue_limit: std::time::Duration::from_secs(options.queue_limit),
+        group: kind.map(|kind| CacheSettings {
+            kind,
+            devices: options.cache_devices.clone(),
+            file_bytes: options.cache_size,
+            fill_bytes_per_second: options.fill_rate,
+        }),
     })?))
 }
 

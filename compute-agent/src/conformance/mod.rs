@@ -13,6 +13,7 @@ use treeboot_types::{HostName, ImageId, VmName};
 
 use crate::apply::{Applier, ReachError};
 use crate::journal::Journal;
+use crate::plane::faulty::FaultMode;
 use crate::plane::{Plane, Scope};
 use crate::stack::{Access, Backing, Content, Sources, Wanted, WantedBase, WantedDisk};
 
@@ -77,7 +78,22 @@ pub async fn run<R: Rig>(make: impl AsyncFn() -> R) {
 /// Fails every step of building and of removing in turn, as an error and as a crash; afterwards nothing may leak,
 /// and a retry must succeed. Returns how many faults were tried.
 pub async fn fail_at_every_step<R: Rig>(make: impl AsyncFn() -> R) -> usize {
-    laws::fail_at_every_step(make).await
+    let mut tried = 0;
+    for removing in [false, true] {
+        for mode in [FaultMode::Error, FaultMode::CrashBefore, FaultMode::CrashAfter] {
+            tried += laws::fail_at_every_step(&make, removing, mode).await;
+        }
+    }
+    tried
+}
+
+/// [`fail_at_every_step`] of building or of removing alone, in one mode, for rigs that take their time.
+pub async fn fail_at_every_step_of<R: Rig>(
+    make: impl AsyncFn() -> R,
+    removing: bool,
+    mode: FaultMode,
+) -> usize {
+    laws::fail_at_every_step(make, removing, mode).await
 }
 
 fn host(n: u8) -> HostName {

@@ -5,11 +5,11 @@ use treeboot_types::{Digest, StripeIndex};
 
 use super::sys::{Sys, attach, detach, mapper_error};
 use super::tables::{self, SECTOR, StripeDevices};
-use super::{failed, record};
+use super::{cached, failed, record};
 use crate::plane::PlaneError;
 use crate::stack::{Backing, Content, Sources};
 
-fn table_error(error: treeboot_dm::TableError) -> PlaneError {
+pub(super) fn table_error(error: treeboot_dm::TableError) -> PlaneError {
     failed("a table", error)
 }
 
@@ -118,7 +118,21 @@ pub(super) fn tear_down(sys: &Sys, digest: &Digest) -> Result<(), PlaneError> {
         .collect();
     // The grammar's order is from below.
     devices.sort();
-    for device in devices.iter().rev() {
+    let above = |device: &&DmDevice| matches!(device, DmDevice::Base(_) | DmDevice::Export(_));
+    // Whoever waits for a parent below has a device open. Nobody uses the base any more, so nobody is to wait.
+    for device in devices
+        .iter()
+        .filter(|device| matches!(device, DmDevice::Multipath(..)))
+    {
+        // One that is half-made takes no message, and has nobody waiting.
+        let _ = sys.mapper.message(device, Sectors(0), "fail_if_no_path");
+    }
+    for device in devices.iter().rev().filter(above) {
+        sys.remove(device)?;
+    }
+    cached::release(sys, digest)?;
+    let below = devices.iter().rev().filter(|device| !above(device));
+    for device in below.filter(|device| !matches!(device, DmDevice::Backing(_))) {
         sys.remove(device)?;
     }
     for backing in [Backing::Cache, Backing::Store] {
@@ -152,6 +166,8 @@ pub(super) fn content_of(device: &DmDevice) -> Option<&Digest> {
 /// Deletes a content's cache directory.
 pub(super) fn drop_cache(sys: &Sys, digest: &Digest) -> Result<(), PlaneError> {
     let dir = sys.cache_dir(digest);
+    cached::forget(sys, digest)?;
     record::gone(std::fs::remove_dir_all(&dir))
-        .map_err(|error| PlaneError::io(format!("removing {}", dir.display()), error))
+        .map_err(|error| PlaneError::io(format!("removing {}", dir.display()), error))?;
+    cached::end_if_unused(sys)
 }

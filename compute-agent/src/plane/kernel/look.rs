@@ -11,7 +11,7 @@ use treeboot_types::{Digest, Iqn, VmName};
 
 use super::record::{BaseRecord, DeltaFiles, Record, SessionKey, names};
 use super::sys::{Sys, loop_error, mapper_error, record_error};
-use super::{base, disks, exports, feed, links};
+use super::{base, cached, disks, exports, feed, links};
 use crate::plane::{PlaneError, Scope};
 use crate::stack::{Backing, Found, FoundBase, FoundDelta};
 use crate::store::Manifest;
@@ -26,6 +26,8 @@ const SESSION: &str = "session";
 const TARGET: &str = "target";
 /// Backstores of a content without a target.
 const BACKSTORES: &str = "backstores";
+/// A cache group that nothing is in, or some of one.
+const CACHE: &str = "cache";
 /// A disk without a delta, or a delta's loop device without a disk.
 const DISK: &str = "disk";
 /// A delta's blocks without a head.
@@ -94,6 +96,9 @@ pub(super) fn look(sys: &Sys, scope: &Scope) -> Result<Found, PlaneError> {
     }
     if *scope == Scope::All {
         look_at_sessions(sys, &mut found)?;
+        if cached::is_left_over(sys)? {
+            found.leftovers.insert(format!("{CACHE}:group"));
+        }
     }
     Ok(found)
 }
@@ -303,6 +308,7 @@ pub(super) fn sweep(sys: &Sys, leftover: &str) -> Result<(), PlaneError> {
             close(sys, &digest)
         }),
         SESSIONS => digest().map_or(Ok(()), |digest| end_sessions(sys, &digest)),
+        CACHE => cached::end_if_unused(sys),
         BACKSTORES => digest().map_or(Ok(()), |digest| exports::drop_unused(sys, &digest)),
         TARGET => Iqn::new(what).map_or(Ok(()), |name| exports::unexport(sys, &name)),
         SESSION => match what.rsplit_once(',').map(|(t, p)| (Iqn::new(t), p.parse())) {

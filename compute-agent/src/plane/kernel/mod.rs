@@ -8,10 +8,12 @@
 //! What the kernel cannot tell of itself lies in records ([`record`]); everything else is read from the kernel at each look.
 
 mod base;
+mod cached;
 mod disks;
 mod exports;
 mod feed;
 mod hashes;
+mod keeper;
 mod links;
 mod look;
 mod needs;
@@ -40,12 +42,15 @@ use treeboot_types::{Digest, HostName, Iqn, VERITY_BLOCK_BYTES, VmName};
 use super::{
     Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope,
 };
-use crate::stack::{Found, Step};
+use crate::stack::{Backing, Found, Step};
 use disks::Growth;
 use feed::Feed;
+use keeper::Keeper;
 use record::{BaseRecord, Deltas, Records};
 use sys::{Sys, within};
 
+pub use cached::CacheSettings;
+use cached::Cached;
 pub use needs::{Need, NeedError};
 
 /// How long a base waits for its first block.
@@ -54,6 +59,8 @@ const READABLE_LIMIT: Duration = Duration::from_secs(10);
 const MAX_STRIPES: u32 = 16;
 /// Between two looks at how full the deltas are.
 const DELTAS_EVERY: Duration = Duration::from_secs(1);
+/// Between two looks at the cache: with kind dm-cache reads fail between its failure and the look.
+const CACHE_EVERY: Duration = Duration::from_millis(500);
 /// How long reads wait while no parent answers, unless it is set: longer than a parent's restart, shorter than the 120 s after which the
 /// kernel calls a task hung.
 pub const QUEUE_LIMIT: Duration = Duration::from_secs(60);
@@ -85,6 +92,8 @@ pub struct KernelSettings {
     pub delta_chunk_bytes: u32,
     /// How long reads wait while no parent answers.
     pub queue_limit: Duration,
+    /// How it caches; `None`: not at all.
+    pub group: Option<CacheSettings>,
 }
 
 /// Why the plane does not start.
@@ -124,9 +133,10 @@ pub struct KernelPlane {
     sys: Arc<Sys>,
     portal: String,
     feeds: Mutex<HashMap<Digest, Arc<Feed>>>,
+    keepers: Arc<Mutex<HashMap<Digest, Keeper>>>,
     bases: Mutex<HashSet<Digest>>,
     disks: Arc<Mutex<HashSet<VmName>>>,
-    watcher: AbortHandle,
+    watchers: [AbortHandle; 2],
     _lock: Flock<File>,
 }
 
@@ -152,7 +162,7 @@ impl KernelPlane {
                 None => portal.to_string(),
             },
         };
-        let (mapper, lio) = needs::meet()?;
+        let (mapper, lio) = needs::meet(settings.group.as_ref().map(|group| group.kind))?;
         let iscsi = OpenIscsi::new(&settings.host, treeboot_iscsi::open_iscsi::Settings::default());
         iscsi.check().map_err(NeedError::from)?;
         let lock = lock()?;
@@ -168,21 +178,27 @@ impl KernelPlane {
         let sys = Arc::new(Sys {
             initiator: Iqn::of_host(&settings.host),
             settings,
-            mapper,
+            mapper: Arc::new(mapper),
+            cached: Cached::default(),
             lio,
             iscsi,
             records,
             deltas,
         });
         let disks = Arc::new(Mutex::new(HashSet::new()));
-        let watcher = tokio::spawn(watch_deltas(Arc::clone(&sys), Arc::clone(&disks))).abort_handle();
+        let keepers = Arc::<Mutex<HashMap<Digest, Keeper>>>::default();
+        let watchers = [
+            tokio::spawn(watch_deltas(Arc::clone(&sys), Arc::clone(&disks))).abort_handle(),
+            tokio::spawn(watch_cache(Arc::clone(&sys), Arc::clone(&keepers))).abort_handle(),
+        ];
         let plane = Self {
             sys,
             portal,
             feeds: Mutex::default(),
+            keepers,
             bases: Mutex::default(),
             disks,
-            watcher,
+            watchers,
             _lock: lock,
         };
         plane.take_up()?;
@@ -200,13 +216,28 @@ impl KernelPlane {
                 content: base.content,
                 backing: base.backing,
             });
-            feeds.insert(digest, Feed::start(&self.sys, digest, sources, base));
+            let feed = Feed::start(&self.sys, digest, sources, base);
+            if let Some(base) = base {
+                self.keep(&feed, base);
+            }
+            feeds.insert(digest, feed);
         }
         Ok(())
     }
 
+    /// Has a base taken over to the cache.
+    fn keep(&self, feed: &Arc<Feed>, base: BaseRecord) {
+        if base.backing == Backing::Cache && self.sys.settings.group.is_some() {
+            let keeper = Keeper::start(&self.sys, feed, base);
+            self.keepers.lock().insert(base.content.digest, keeper);
+        }
+    }
+
     fn end_tasks(&self) {
-        self.watcher.abort();
+        for watcher in &self.watchers {
+            watcher.abort();
+        }
+        self.keepers.lock().clear();
         for feed in self.feeds.lock().values() {
             feed.stop();
         }
@@ -260,6 +291,28 @@ fn lock() -> Result<Flock<File>, OpenError> {
             source: errno.into(),
         },
     })
+}
+
+/// Looks whether the cache serves. One that has failed is let go of by those who fill it, then thrown away.
+async fn watch_cache(sys: Arc<Sys>, keepers: Arc<Mutex<HashMap<Digest, Keeper>>>) {
+    loop {
+        tokio::time::sleep(CACHE_EVERY).await;
+        let looked = Arc::clone(&sys);
+        match within("looking at the cache", move || cached::watch(&looked)).await {
+            Ok(false) => {}
+            Ok(true) => {
+                let all: Vec<Keeper> = keepers.lock().drain().map(|(_, keeper)| keeper).collect();
+                for keeper in all {
+                    if let Err(error) = keeper.end().await {
+                        tracing::warn!(error = %crate::host::chain(&error), "the failed cache is still in use");
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::warn!(error = %crate::host::chain(&error), "the cache was not looked at");
+            }
+        }
+    }
 }
 
 /// Extends deltas before they fill, where they grow by steps; tells of those that are lost.

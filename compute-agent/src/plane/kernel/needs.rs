@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use treeboot_dm::group::Kind;
 use treeboot_dm::{Mapper, MapperError};
 use treeboot_iscsi::lio::{Lio, LioError};
 use treeboot_iscsi::open_iscsi::OpenIscsiError;
@@ -20,7 +21,7 @@ const fn need(module: &'static str, purpose: &'static str) -> Need {
     Need { module, purpose }
 }
 
-/// Everything but the caches, which depend on their kind.
+/// Everything but what a cache needs.
 const MODULES: [Need; 11] = [
     need("dm_mod", "device-mapper"),
     need("dm_multipath", "paths to parents"),
@@ -40,6 +41,16 @@ const SOMETIMES: [Need; 3] = [
     need("dm_switch", "images in several stripes"),
     need("dm_service_time", "the path policy service-time"),
     need("dm_queue_length", "the path policy queue-length"),
+];
+
+/// Kind bcache.
+const BCACHE: [Need; 1] = [need("bcache", "the cache; or say --cache-kind dm-cache or none")];
+
+/// Kind dm-cache.
+const DM_CACHE: [Need; 3] = [
+    need("dm_cache", "the cache; or say --cache-kind none"),
+    need("dm_cache_smq", "what the cache keeps"),
+    need("dm_flakey", "filling the cache"),
 ];
 
 /// What the host lacks.
@@ -71,11 +82,16 @@ pub enum NeedError {
 ///
 /// # Errors
 /// [`NeedError`] names the first thing that is missing.
-pub(super) fn meet() -> Result<(Mapper, Lio), NeedError> {
+pub(super) fn meet(cache: Option<Kind>) -> Result<(Mapper, Lio), NeedError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(NeedError::Root);
     }
-    for need in MODULES {
+    let caching: &[Need] = match cache {
+        None => &[],
+        Some(Kind::Bcache) => &BCACHE,
+        Some(Kind::DmCache) => &DM_CACHE,
+    };
+    for &need in MODULES.iter().chain(caching) {
         if !load(need.module) {
             return Err(NeedError::Module(need));
         }

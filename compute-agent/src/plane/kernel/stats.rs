@@ -3,6 +3,7 @@
 use treeboot_dm::DmDevice;
 use treeboot_types::{Digest, VmName};
 
+use super::keeper::Keeper;
 use super::sys::block_counts;
 use super::{KernelPlane, exports};
 use crate::plane::{BaseStats, DiskStats};
@@ -28,6 +29,7 @@ impl KernelPlane {
             guest_read_bytes: base.read_bytes.saturating_sub(children.read_bytes),
             child_read_bytes: children.read_bytes,
             paths: feed.map(|feed| feed.path_stats()).unwrap_or_default(),
+            cached_bytes: self.keepers.lock().get(digest).map_or(0, Keeper::filled_bytes),
             ..BaseStats::default()
         })
     }

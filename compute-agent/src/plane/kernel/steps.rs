@@ -111,6 +111,7 @@ impl KernelPlane {
         }
         if let Some(feed) = feed.as_ref().filter(|_| backing != Backing::Store) {
             feed.built();
+            self.keep(feed, base);
         }
         self.bases.lock().insert(digest);
         Ok(())
@@ -148,18 +149,37 @@ impl KernelPlane {
             None => None,
         };
         let (sys, name) = (Arc::clone(&self.sys), step.name());
-        within("closing the base", move || {
-            if let Some(user) = look::user_of(&sys, &digest)? {
-                return Err(Violation::InUse {
+        within("looking who uses the base", move || {
+            match look::user_of(&sys, &digest)? {
+                None => Ok(()),
+                Some(user) => Err(Violation::InUse {
                     step: name,
                     what: digest.short(),
                     user,
                 }
-                .into());
+                .into()),
             }
-            look::close(&sys, &digest)
         })
         .await?;
+        let keeper = self.keepers.lock().remove(&digest);
+        let closed = async {
+            if let Some(keeper) = keeper {
+                if let Some(feed) = &feed {
+                    feed.let_waiting_reads_fail().await?;
+                }
+                keeper.end().await?;
+            }
+            let sys = Arc::clone(&self.sys);
+            within("closing the base", move || look::close(&sys, &digest)).await
+        }
+        .await;
+        if closed.is_err()
+            && let Some(feed) = &feed
+        {
+            // What is left of it goes on as before.
+            feed.let_reads_wait_again();
+        }
+        closed?;
         if let Some(feed) = &feed {
             feed.unbuilt();
         }

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use treeboot_dm::loops::{self, LoopDevice, LoopError};
@@ -12,6 +13,7 @@ use treeboot_iscsi::lio::Lio;
 use treeboot_iscsi::open_iscsi::OpenIscsi;
 use treeboot_types::{Digest, Iqn};
 
+use super::cached::Cached;
 use super::record::{Deltas, Records};
 use super::{KernelSettings, failed};
 use crate::plane::PlaneError;
@@ -30,7 +32,8 @@ pub(super) const LIMIT: Duration = Duration::from_secs(30);
 pub(super) struct Sys {
     pub(super) settings: KernelSettings,
     pub(super) initiator: Iqn,
-    pub(super) mapper: Mapper,
+    pub(super) mapper: Arc<Mapper>,
+    pub(super) cached: Cached,
     pub(super) lio: Lio,
     pub(super) iscsi: OpenIscsi,
     pub(super) records: Records,

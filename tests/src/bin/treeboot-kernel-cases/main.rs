@@ -12,6 +12,7 @@ mod devices;
 mod dm;
 mod iscsi;
 mod measure;
+mod plane;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -38,7 +39,14 @@ struct Group {
     sweep: fn(),
 }
 
-const GROUPS: &[Group] = &[dm::GROUP, cache::GROUP, iscsi::GROUP, measure::GROUP];
+const GROUPS: &[Group] = &[
+    dm::GROUP,
+    cache::GROUP,
+    iscsi::GROUP,
+    plane::GROUP,
+    plane::FAULTS,
+    measure::GROUP,
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

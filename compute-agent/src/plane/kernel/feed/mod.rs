@@ -257,6 +257,21 @@ impl Feed {
         state.stripes.clear();
     }
 
+    /// Reads that no parent answers fail from now on, instead of waiting: nobody is to read any more.
+    pub(super) async fn let_waiting_reads_fail(&self) -> Result<(), PlaneError> {
+        let stripes = self.state.lock().stripes.len();
+        let (sys, digest) = (Arc::clone(&self.sys), self.digest);
+        within("telling the paths", move || {
+            for index in 0..stripes {
+                sys.mapper
+                    .message(&multipath(digest, index), Sectors(0), "fail_if_no_path")
+                    .map_err(mapper_error)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn links(&self) -> Result<HashMap<SessionKey, Link>, PlaneError> {
         let sys = Arc::clone(&self.sys);
         within("looking at the sessions", move || links::look(&sys)).await

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use treeboot_dm::status::MultipathStatus;
 use treeboot_types::Portal;
 
-use super::{Attempt, Feed, PathView, UNREACHABLE_AFTER, all};
+use super::{Attempt, Feed, PathView, UNREACHABLE_AFTER, Waiting, all};
 use crate::plane::kernel::links::Link;
 use crate::plane::kernel::record::SessionKey;
 use crate::plane::kernel::sys::block_counts;
@@ -14,6 +14,23 @@ use crate::plane::{Fault, ParentFault, PathStats};
 use crate::stack::Sources;
 
 impl Feed {
+    /// Takes [`Self::let_waiting_reads_fail`] back, at the next pass that sees a path up.
+    pub(in crate::plane::kernel) fn let_reads_wait_again(&self) {
+        for stripe in &mut self.state.lock().stripes {
+            stripe.waiting = Waiting::Fail;
+        }
+    }
+
+    /// Whether a parent or a fallback is up for every stripe.
+    pub(in crate::plane::kernel) fn is_up(&self) -> bool {
+        let state = self.state.lock();
+        let up = |stripe: usize| {
+            let mut paths = state.paths.iter();
+            paths.any(|path| path.stripe as usize == stripe && path.state == "up")
+        };
+        state.built && !state.stripes.is_empty() && (0..state.stripes.len()).all(up)
+    }
+
     /// Notes what was seen, for counters and complaints.
     pub(super) fn see(
         &self,
