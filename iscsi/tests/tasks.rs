@@ -1,4 +1,4 @@
-//! Attributes of tasks on the wire: ORDERED waits and is waited for, HEAD OF QUEUE passes what waits.
+//! Tasks on the wire: ORDERED ones wait and are waited for, HEAD OF QUEUE passes what waits; what aborting them comes to.
 
 #![allow(dead_code, reason = "the support is shared with other tests")]
 #![allow(clippy::unwrap_used, reason = "a panic here is a test that fails")]
@@ -15,10 +15,10 @@ use tokio::time::timeout;
 use treeboot_block::{BlockDevice, BlockError, Extent, Geometry, IoFuture, Provisioning};
 use treeboot_iscsi::login::Terms;
 use treeboot_iscsi::pdu::{
-    DataOut, LunField, NO_TAG, Pdu, ScsiCommand, TaskAttribute, TaskFunction, TaskManagementRequest,
+    DataOut, LunField, NO_TAG, NopOut, Pdu, ScsiCommand, TaskAttribute, TaskFunction, TaskManagementRequest,
     task_response,
 };
-use treeboot_iscsi::scsi::status;
+use treeboot_iscsi::scsi::{Sense, status};
 
 /// No wait of a test is longer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -133,6 +133,37 @@ async fn ended(client: &mut Client) -> (u32, u8) {
     }
 }
 
+/// Asks for a task management function at once.
+async fn manage(client: &mut Client, function: TaskFunction, referenced_itt: u32) {
+    let request = TaskManagementRequest {
+        immediate: true,
+        function,
+        lun: LunField(0),
+        itt: 1000,
+        referenced_itt,
+        cmd_sn: client.cmd_sn,
+        exp_stat_sn: 0,
+        // It is looked at only where the task never came.
+        ref_cmd_sn: client.cmd_sn,
+        exp_data_sn: 0,
+    };
+    client.send(&request.into(), &[]).await;
+}
+
+/// The next that comes is FUNCTION COMPLETE.
+async fn complete(client: &mut Client) {
+    match client.receive().await.0 {
+        Pdu::TaskManagementResponse(answer) => {
+            assert_eq!((answer.itt, answer.response), (1000, task_response::COMPLETE));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn ready(client: &mut Client) -> (u8, Option<Sense>) {
+    client.command([0; 16], 0, None).await.0
+}
+
 #[tokio::test]
 async fn an_ordered_task_waits_for_those_before_it_and_those_after_it_wait_for_it() {
     let device = Slow::new();
@@ -190,40 +221,15 @@ async fn an_ordered_task_that_is_aborted_while_it_waits_holds_up_nobody() {
         read(&mut client, block, attribute).await;
     }
     device.until_begun(1).await;
-    let abort = TaskManagementRequest {
-        immediate: true,
-        function: TaskFunction::AbortTask,
-        lun: LunField(0),
-        itt: 20,
-        referenced_itt: 2,
-        cmd_sn: client.cmd_sn,
-        exp_stat_sn: 0,
-        ref_cmd_sn: client.cmd_sn.wrapping_sub(2),
-        exp_data_sn: 0,
-    };
-    client.send(&abort.into(), &[]).await;
-    let answer = client.receive().await.0;
-    assert!(
-        matches!(answer, Pdu::TaskManagementResponse(r) if (r.itt, r.response) == (20, task_response::COMPLETE)),
-        "{answer:?}"
-    );
+    manage(&mut client, TaskFunction::AbortTask, 2).await;
+    complete(&mut client).await;
     assert_eq!(device.until_begun(2).await, [1, 3]);
     device.end(3);
     assert_eq!(ended(&mut client).await, (3, status::GOOD));
     // All of a unit's tasks: those that wait are among them.
     read(&mut client, 4, TaskAttribute::Ordered).await;
-    let set = TaskManagementRequest {
-        function: TaskFunction::AbortTaskSet,
-        itt: 21,
-        referenced_itt: NO_TAG,
-        ..abort
-    };
-    client.send(&set.into(), &[]).await;
-    let answer = client.receive().await.0;
-    assert!(
-        matches!(answer, Pdu::TaskManagementResponse(r) if (r.itt, r.response) == (21, task_response::COMPLETE)),
-        "{answer:?}"
-    );
+    manage(&mut client, TaskFunction::AbortTaskSet, NO_TAG).await;
+    complete(&mut client).await;
     read(&mut client, 5, TaskAttribute::Ordered).await;
     assert_eq!(device.until_begun(3).await, [1, 3, 5]);
 }
@@ -277,5 +283,58 @@ async fn a_write_that_waits_keeps_its_data_and_too_much_of_it_is_told_to_come_ag
     for tag in 3..34 {
         device.end(tag);
         assert_eq!(ended(&mut client).await, (tag as u32, status::GOOD));
+    }
+}
+
+#[tokio::test]
+async fn an_abort_is_answered_when_the_device_is_done_with_the_write_and_the_write_is_not() {
+    let device = Slow::new();
+    let (_server, portal) = serve(device.clone()).await;
+    let mut client = Client::login(portal, TARGET, 0).await;
+    let write = command(&mut client, 1, TaskAttribute::Simple, 0x2a, 1);
+    client.send(&write.into(), &[1; 512]).await;
+    device.until_begun(1).await;
+    manage(&mut client, TaskFunction::AbortTask, 1).await;
+    let ping = NopOut {
+        immediate: true,
+        lun: LunField(0),
+        itt: 2000,
+        ttt: NO_TAG,
+        cmd_sn: client.cmd_sn,
+        exp_stat_sn: 0,
+    };
+    client.send(&ping.into(), &[]).await;
+    let first = client.receive().await.0;
+    assert!(
+        matches!(first, Pdu::NopIn(pong) if pong.itt == 2000),
+        "answered while the device may still write: {first:?}"
+    );
+    device.end(1);
+    complete(&mut client).await;
+    assert_eq!(ready(&mut client).await, (status::GOOD, None));
+}
+
+#[tokio::test]
+async fn clearing_and_resetting_end_the_tasks_of_all_sessions_and_tell_them() {
+    for (function, told) in [
+        (TaskFunction::ClearTaskSet, Sense::COMMANDS_CLEARED),
+        (TaskFunction::LogicalUnitReset, Sense::BUS_DEVICE_RESET),
+        (TaskFunction::TargetWarmReset, Sense::BUS_DEVICE_RESET),
+    ] {
+        let device = Slow::new();
+        let (_server, portal) = serve(device.clone()).await;
+        let mut one = Client::login(portal, TARGET, 1).await;
+        let mut two = Client::login(portal, TARGET, 2).await;
+        read(&mut one, 1, TaskAttribute::Simple).await;
+        device.until_begun(1).await;
+        manage(&mut two, function, NO_TAG).await;
+        complete(&mut two).await;
+        assert_eq!(
+            ready(&mut one).await,
+            (status::CHECK_CONDITION, Some(told)),
+            "{function:?}"
+        );
+        device.end(1);
+        assert_eq!(ready(&mut one).await, (status::GOOD, None), "{function:?}");
     }
 }
