@@ -104,6 +104,43 @@ fn what_lies_outside_or_is_reserved_is_refused() {
     );
 }
 
+/// As `docs/iscsi.md` lists it.
+#[test]
+fn what_is_not_done_is_refused_with_the_sense_that_the_docs_list() {
+    let unit = unit(false, true);
+    let nexus = ready(&unit, 1);
+    let opcode = |opcode, action| ([opcode, action, 0, 0, 0, 0, 0, 0, 0, 0], Sense::INVALID_OPCODE);
+    for (cdb, sense) in [
+        opcode(0x83, 0x00), // EXTENDED COPY
+        opcode(0x83, 0x11), // WRITE USING TOKEN
+        opcode(0x84, 0x00), // RECEIVE COPY RESULTS
+        opcode(0x9c, 0x00), // WRITE ATOMIC (16)
+        opcode(0x48, 0x01), // SANITIZE
+        opcode(0x04, 0x00), // FORMAT UNIT
+        opcode(0x07, 0x00), // REASSIGN BLOCKS
+        opcode(0x1c, 0x00), // RECEIVE DIAGNOSTIC RESULTS
+        opcode(0x1d, 0x04), // SEND DIAGNOSTIC
+        opcode(0x1e, 0x00), // PREVENT ALLOW MEDIUM REMOVAL
+        opcode(0x3b, 0x00), // WRITE BUFFER
+        opcode(0x3c, 0x00), // READ BUFFER
+        opcode(0x4c, 0x00), // LOG SELECT
+        opcode(0x4d, 0x00), // LOG SENSE
+        opcode(0x7f, 0x00), // commands of 32 bytes
+        opcode(0xa4, 0x0a), // SET TARGET PORT GROUPS
+        opcode(0xa2, 0x00), // SECURITY PROTOCOL IN
+        // Service actions of commands that are known.
+        ([0x5f, 7, 0, 0, 0, 0, 0, 0, 24, 0], Sense::cdb_field(1, Some(4))),
+        ([0x9e, 0x11, 0, 0, 0, 0, 0, 0, 0, 0], Sense::cdb_field(1, Some(4))),
+        ([0xa3, 0x05, 0, 0, 0, 0, 0, 0, 0, 0], Sense::cdb_field(1, Some(4))),
+        // LOEJ, RDPROTECT, NACA.
+        ([0x1b, 0, 0, 0, 2, 0, 0, 0, 0, 0], Sense::cdb_field(4, Some(1))),
+        ([0x28, 0x20, 0, 0, 0, 0, 0, 0, 1, 0], Sense::cdb_field(1, Some(7))),
+        ([0x28, 0, 0, 0, 0, 0, 0, 0, 1, 4], Sense::cdb_field(9, Some(2))),
+    ] {
+        assert_eq!(plan(&unit, &nexus, &cdb), Action::Check(sense), "{cdb:02x?}");
+    }
+}
+
 #[test]
 fn a_read_only_unit_refuses_every_write_and_says_so_in_mode_sense() {
     let unit = unit(true, true);

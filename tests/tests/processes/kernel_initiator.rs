@@ -18,6 +18,7 @@ const TARGET: &str = "iqn.2026-11.org.example:disk";
 const DISK_BYTES: u64 = 128 << 20;
 /// For what the guest does; a healthy run takes 5 s.
 const GUEST_LIMIT: Duration = Duration::from_secs(90);
+const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// What both sides prove to know, in files and in the initiator's settings.
 const SECRET: &str = "the-guests-secret";
@@ -28,7 +29,7 @@ const LOG_IN: &str = r#"
 mkdir -p /etc/iscsi
 echo "InitiatorName=iqn.2026-11.org.example:guest" > /etc/iscsi/initiatorname.iscsi
 iscsid
-iscsiadm -m discovery -t sendtargets -p $PORTAL
+iscsiadm -m discovery -t sendtargets -p $PORTAL | grep -F "$PORTAL,1 $TARGET"
 node() { iscsiadm -m node -T $TARGET -p $PORTAL "$@"; }
 node -o update -n node.conn[0].iscsi.HeaderDigest -v CRC32C
 node -o update -n node.conn[0].iscsi.DataDigest -v CRC32C
@@ -40,7 +41,13 @@ node -o update -n node.session.auth.username_in -v target
 node -o update -n node.session.auth.password -v not-the-guests-secret
 if node --login; then echo "logged in with a wrong secret"; exit 1; fi
 node -o update -n node.session.auth.password -v "$SECRET"
+node -o update -n node.session.auth.password_in -v not-the-targets-secret
+if node --login; then echo "took a target that does not know its secret"; exit 1; fi
+node -o update -n node.session.auth.password_in -v "$MUTUAL_SECRET"
 node --login
+for digest in header_digest data_digest; do
+    [ "$(cat /sys/class/iscsi_connection/connection*/$digest)" = 1 ]
+done
 for try in $(seq 100); do
     disk=$(ls /sys/class/iscsi_session/session*/device/target*/*/block 2>/dev/null || true)
     if [ -n "$disk" ] && [ -b /dev/$disk ]; then break; fi
@@ -79,8 +86,7 @@ impl Served {
             .arg("--ready-file")
             .arg(&ready)
             .spawn()?;
-        let limit = Duration::from_secs(10);
-        wait_until(limit, "the target to serve", || async {
+        wait_until(READY_WITHIN, "the target to serve", || async {
             Ok(ready.exists().then_some(()))
         })
         .await?;
