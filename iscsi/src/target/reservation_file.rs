@@ -45,7 +45,15 @@ pub struct ReservationFile {
     /// What it held when it was opened.
     text: Option<String>,
     /// Held for as long as we live; it lies beside the file, because the file itself is replaced.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for ReservationFile {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that is being started somewhere in this one has the descriptor, and with it the
+        // lock, until it becomes its program.
+        let _ = rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock);
+    }
 }
 
 fn beside(path: &Path, ending: &str) -> PathBuf {
@@ -102,7 +110,7 @@ impl ReservationFile {
         Ok(Self {
             path: path.to_owned(),
             text,
-            _lock: lock,
+            lock,
         })
     }
 
