@@ -48,6 +48,12 @@ pub(crate) const GROUP: crate::Group = crate::Group {
         ("dm_cache_that_dies_leaves_the_base_running", || {
             failing::a_cache_that_dies(Kind::DmCache)
         }),
+        ("bcache_that_dies_while_filled_never_gives_wrong_bytes", || {
+            failing::a_cache_that_dies_while_filled(Kind::Bcache)
+        }),
+        ("dm_cache_that_dies_while_filled_never_gives_wrong_bytes", || {
+            failing::a_cache_that_dies_while_filled(Kind::DmCache)
+        }),
         ("bcache_that_falters_never_gives_wrong_bytes", || {
             failing::a_cache_that_falters(Kind::Bcache)
         }),

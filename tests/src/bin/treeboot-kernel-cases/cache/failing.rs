@@ -6,13 +6,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use treeboot_dm::group::{self, CacheDevice, Group, Health, Kind};
 use treeboot_dm::loops::{self, LoopDevice};
-use treeboot_dm::{DmDevice, Mapper, Mode, Outcome, Sectors};
+use treeboot_dm::{DeviceNumber, DmDevice, Mapper, Mode, Outcome, Sectors};
 
 use super::{BYTES_PER_SECOND, Bench, CACHE_BYTES, MIB};
 use crate::devices::{FAILING, Image, command, direct, empty_loop};
 
 /// Three times down, at least.
 const FALTERS_FOR: Duration = Duration::from_secs(6);
+
+/// Time for some rounds of reads.
+const DEAD_FOR: Duration = Duration::from_secs(2);
 
 /// A cache device that can be made to fail.
 struct Failing {
@@ -103,6 +106,15 @@ pub(super) fn a_cache_that_dies(kind: Kind) -> Result<()> {
 
 /// A device that is there one second and gone the next, while the cache is filled and read.
 pub(super) fn a_cache_that_falters(kind: Kind) -> Result<()> {
+    fails_while_filled(kind, |below| format!("flakey {below} 0 1 1"), FALTERS_FOR)
+}
+
+/// A device that is gone for good in the middle of a filling.
+pub(super) fn a_cache_that_dies_while_filled(kind: Kind) -> Result<()> {
+    fails_while_filled(kind, |_| "error".into(), DEAD_FOR)
+}
+
+fn fails_while_filled(kind: Kind, failure: fn(DeviceNumber) -> String, time: Duration) -> Result<()> {
     let failing = Failing::make()?;
     let mut bench = Bench::over(kind, vec![failing.device()?])?;
     let image = Image::make(&bench.mapper, 8 * MIB, 1)?;
@@ -113,10 +125,10 @@ pub(super) fn a_cache_that_falters(kind: Kind) -> Result<()> {
     for chunk in 0..filler.chunks() / 2 {
         filler.fill(chunk)?;
     }
-    failing.becomes(&format!("flakey {} 0 1 1", failing.below.number))?;
+    failing.becomes(&failure(failing.below.number))?;
     let began = Instant::now();
     let (mut rounds, mut unreadable, mut not_filled) = (0, 0, 0);
-    while began.elapsed() < FALTERS_FOR {
+    while began.elapsed() < time {
         for chunk in filler.chunks() / 2..filler.chunks() {
             not_filled += u64::from(filler.fill(chunk).is_err());
         }
