@@ -17,7 +17,7 @@ use treeboot_types::PathPolicy;
 use crate::owner;
 use crate::rpc::CoordinatorService;
 use crate::store::{SledStore, Store, StoreError};
-use crate::tree::{Change, Effect, Forest, KAry, Key, LoadError, Record, Settings};
+use crate::tree::{Change, Effect, Forest, KAry, Key, LoadError, Record, Settings, Striped};
 
 /// How long an orderly end waits for calls under way.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -27,6 +27,8 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Most children of one host: its uplink would be divided by as many.
 pub const MAX_FAN_OUT: u32 = 64;
+/// Most stripes of an image; a host holds as many sessions at least.
+pub const MAX_STRIPES: u16 = 16;
 /// Most parents that a host reads from at once.
 pub const MAX_ACTIVE_PARENTS: u32 = 8;
 
@@ -44,7 +46,13 @@ pub struct Options {
     /// Where the record of images, hosts and trees is kept.
     #[arg(long, env = "TREEBOOT_STATE", value_name = "DIR")]
     pub state: PathBuf,
-    /// Children of each host and origin; 2 makes binary trees.
+    /// The shape of the trees. A change is for images that are registered after it.
+    #[arg(long, env = "TREEBOOT_POLICY", default_value = "k-ary")]
+    pub policy: PolicyName,
+    /// Stripes of an image with `--policy striped`; each host feeds so many others a stripe's part of it.
+    #[arg(long, env = "TREEBOOT_STRIPES", default_value_t = 2, value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_STRIPES)))]
+    pub stripes: u16,
+    /// Children of each host and origin with `--policy k-ary`.
     #[arg(long, env = "TREEBOOT_FAN_OUT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_FAN_OUT)))]
     pub fan_out: u32,
     /// Parents that a host reads from at once, each at an equal part of a slot.
@@ -65,6 +73,17 @@ pub struct Options {
     /// Write the bound address as JSON to this file once serving.
     #[arg(long, env = "TREEBOOT_READY_FILE", value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
+}
+
+/// A [`tree::Policy`](crate::tree::Policy) as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PolicyName {
+    /// Two children everywhere, as in the VirtMan paper.
+    Binary,
+    /// `--fan-out` children everywhere.
+    KAry,
+    /// Each host is inner in one of `--stripes` trees and a leaf in the others, so that it uploads an image once.
+    Striped,
 }
 
 /// [`PathPolicy`] as typed.
@@ -175,9 +194,15 @@ impl Options {
             });
         }
         Ok(Settings {
-            policy: Arc::new(KAry {
-                fan_out: self.fan_out,
-            }),
+            policy: match self.policy {
+                PolicyName::Binary => Arc::new(KAry { fan_out: 2 }),
+                PolicyName::KAry => Arc::new(KAry {
+                    fan_out: self.fan_out,
+                }),
+                PolicyName::Striped => Arc::new(Striped {
+                    stripes: self.stripes,
+                }),
+            },
             active_parents: self.active_parents,
             path_policy: self.path_policy.into(),
             beat_ms,

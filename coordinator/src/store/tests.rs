@@ -56,6 +56,7 @@ fn records() -> Vec<(Key, Record)> {
         epoch: epoch(5),
         position: epoch(4),
         joined: 3,
+        home: 1,
         stripes: vec![vec![
             held(HeldOf::Origin(0)),
             held(HeldOf::Host("b".parse().unwrap())),

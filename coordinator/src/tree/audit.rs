@@ -12,8 +12,8 @@ impl Forest {
     /// Says which law is broken, where.
     pub fn audit(&self) -> Result<(), String> {
         for (id, grove) in &self.images {
-            for stripe in &grove.stripes {
-                audit_stripe(grove, stripe).map_err(|why| format!("image {id}: {why}"))?;
+            for (index, stripe) in grove.stripes.iter().enumerate() {
+                audit_stripe(grove, index, stripe).map_err(|why| format!("image {id}: {why}"))?;
             }
             for (host, place) in &grove.places {
                 // No slot without a lease, and no lease without a host.
@@ -55,7 +55,7 @@ impl Forest {
         for (id, grove) in &self.images {
             for stripe in &grove.stripes {
                 let (deepest, hosts) = (stripe.deepest(), stripe.hosts());
-                let best = self.settings.policy.best_depth(hosts);
+                let best = self.settings.policy.best_depth(hosts, grove.image.stripes);
                 if deepest > best + super::place::DEPTH_SLACK {
                     return Err(format!(
                         "{id}: {hosts} hosts at depth {deepest}; the best is {best}"
@@ -67,7 +67,7 @@ impl Forest {
     }
 }
 
-fn audit_stripe(grove: &Grove, stripe: &Stripe) -> Result<(), String> {
+fn audit_stripe(grove: &Grove, index: usize, stripe: &Stripe) -> Result<(), String> {
     let vertices: BTreeMap<_, _> = stripe.vertices().collect();
     let hosts: BTreeSet<_> = vertices
         .keys()
@@ -76,7 +76,12 @@ fn audit_stripe(grove: &Grove, stripe: &Stripe) -> Result<(), String> {
             Node::Origin(_) => None,
         })
         .collect();
-    let places: BTreeSet<_> = grove.places.keys().collect();
+    let standing = grove.places.iter().filter(|(_, place)| index < place.stripes);
+    let places: BTreeSet<_> = standing.map(|(host, _)| host).collect();
+    let capacity: u32 = vertices.values().map(|vertex| vertex.capacity).sum();
+    if capacity != stripe.capacity() {
+        return Err(format!("{capacity} shares, but it says {}", stripe.capacity()));
+    }
     if hosts != places || stripe.hosts() != hosts.len() {
         return Err(format!("slots of {hosts:?}, but places of {places:?}"));
     }
@@ -124,6 +129,12 @@ fn audit_stripe(grove: &Grove, stripe: &Stripe) -> Result<(), String> {
         let indexed = stripe.with_room().any(|(n, _)| n == *node);
         if indexed != (vertex.free() > 0) {
             return Err(format!("{node:?} is in the wrong index"));
+        }
+        let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
+        if let Node::Host(host) = node
+            && stripe.idle().any(|(at, h)| at == vertex.depth && h == host) != is_idle
+        {
+            return Err(format!("{node:?} is idle or not, the index says otherwise"));
         }
         if let Node::Host(host) = node
             && !stripe.level(vertex.depth).any(|h| h == host)

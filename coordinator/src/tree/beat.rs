@@ -274,7 +274,7 @@ impl Forest {
         let Some(grove) = self.images.get(&theirs.image) else {
             return false;
         };
-        let Some(parents) = self.parents_as_told(grove, theirs) else {
+        let Some(parents) = self.parents_as_told(grove, name, theirs) else {
             return false;
         };
         let joined = self.take_epoch().counter;
@@ -286,21 +286,34 @@ impl Forest {
         let Some(grove) = self.images.get_mut(&theirs.image) else {
             return false;
         };
+        let (stands_in, home) = (parents.len(), around.home_for(grove, name));
         for (stripe, parents) in parents.into_iter().enumerate() {
-            let capacity = around.capacity(grove, stripe, name, joined);
+            let capacity = around.capacity(grove, stripe, name, home);
             if let Some(tree) = grove.stripes.get_mut(stripe) {
                 tree.insert_host(name, capacity, joined, parents);
             }
         }
-        self.note_place(&theirs.image, name, endpoint, theirs.state, joined);
+        let place = (joined, home, stands_in);
+        self.note_place(&theirs.image, name, endpoint, theirs.state, place);
         true
     }
 
     /// The parents that a host acts on, stripe by stripe, with the shares that they would give it.
-    fn parents_as_told(&self, grove: &Grove, theirs: &Attachment) -> Option<Vec<Vec<(Node, u32)>>> {
+    fn parents_as_told(
+        &self,
+        grove: &Grove,
+        name: &HostName,
+        theirs: &Attachment,
+    ) -> Option<Vec<Vec<(Node, u32)>>> {
         let wanted = self.settings.active_parents;
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
+        let stands_in = around.stands_in(grove, name);
         let mut all = Vec::new();
-        for (index, tree) in (0..).zip(&grove.stripes) {
+        for (index, tree) in (0..).zip(grove.stripes.iter().take(stands_in)) {
             let told = theirs.stripes.iter().find(|s| s.stripe.0 == index)?;
             let mut parents: Vec<(Node, u32)> = Vec::new();
             let count = u32::try_from(told.active.len()).ok()?;

@@ -3,13 +3,17 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use treeboot_types::{AttachState, Endpoint, Epoch, HostName, Image, ImageId, ImageRef, Iqn};
+use treeboot_types::{AttachState, Endpoint, Epoch, HostName, Image, ImageId, ImageRef, Iqn, StripeIndex};
 
 use super::stripe::Node;
 use super::{
     Answer, Call, Change, Effect, Forest, Grove, Key, MAX_ATTACHMENTS, MAX_IMAGES, Note, Place, Record,
     Refusal, Speaker, Told, place,
 };
+
+/// Bytes of consecutive addresses that one stripe holds before the next one's turn: so few that a guest's read-ahead keeps
+/// several parents busy, and so many that a parent's own reads are not torn into single chunks.
+const STRIPE_UNIT_BYTES: u64 = 256 << 10;
 
 /// What a call came to, before its answer can be written.
 pub(super) enum Outcome {
@@ -139,9 +143,9 @@ impl Forest {
             dying: &self.dying,
             settings: &self.settings,
         };
-        let stripes = grove.stripes.len();
+        let (stripes, home) = (around.stands_in(grove, host), around.home_for(grove, host));
         let placed = (0..stripes)
-            .take_while(|&s| around.admit(grove, s, host, joined))
+            .take_while(|&s| around.admit(grove, s, host, home, joined))
             .count();
         if placed < stripes {
             // A policy without room for everybody; what was given is given back.
@@ -153,7 +157,7 @@ impl Forest {
                 way_out: "raise --fan-out or add an origin",
             });
         }
-        self.note_place(id, host, endpoint, state, joined);
+        self.note_place(id, host, endpoint, state, (joined, home, stripes));
         out.push(Effect::Note(Note::Attached {
             host: host.clone(),
             image: id.clone(),
@@ -169,7 +173,7 @@ impl Forest {
         host: &HostName,
         endpoint: Endpoint,
         state: AttachState,
-        joined: u64,
+        (joined, home, stripes): (u64, StripeIndex, usize),
     ) {
         let lease_ms = match state {
             AttachState::Pending => self.settings.pending_lease_ms,
@@ -181,6 +185,8 @@ impl Forest {
                 state,
                 position: Epoch::default(),
                 joined,
+                home,
+                stripes,
                 lease_until_ms: self.clock.heard_ms.saturating_add(lease_ms),
                 told: Told::default(),
             };
@@ -339,6 +345,11 @@ impl Forest {
         if image.id.version == 0 {
             image.id.version = newest.saturating_add(1);
             name_exports(&image.id.clone(), &mut image);
+        }
+        image.stripes = self.settings.policy.stripes();
+        if image.stripes > 1 {
+            let chunk = u64::from(image.chunk_bytes.max(1));
+            image.stripe_unit_bytes = STRIPE_UNIT_BYTES.next_multiple_of(chunk);
         }
         let id = image.id.clone();
         self.take_epoch();

@@ -105,10 +105,11 @@ impl Forest {
                 return Err(missing(host, format!("host '{host}'")));
             };
             let role = Role::Host {
-                joined: record.joined,
+                home: StripeIndex(record.home),
                 weight: known.info.weight,
             };
-            for (index, tree) in (0..).map(StripeIndex).zip(&mut grove.stripes) {
+            let stands_in = grove.stripes.iter_mut().take(record.stripes.len());
+            for (index, tree) in (0..).map(StripeIndex).zip(stands_in) {
                 let shares = self
                     .settings
                     .shares(policy.slots(index, grove.image.stripes, role));
@@ -124,6 +125,8 @@ impl Forest {
                 state: record.state,
                 position: record.position,
                 joined: record.joined,
+                home: StripeIndex(record.home),
+                stripes: record.stripes.len(),
                 // The host's own lease is the longest; the state it sends decides on the rest.
                 lease_until_ms: self.settings.lease_ms,
                 told: Told {
@@ -188,7 +191,9 @@ fn link_all(
     let mut ready: Vec<&HostName> = Vec::new();
     let mut unplaced: BTreeMap<&HostName, usize> = BTreeMap::new();
     for (host, record) in places {
-        let held = record.stripes.get(index).map(Vec::as_slice).unwrap_or_default();
+        let Some(held) = record.stripes.get(index) else {
+            continue;
+        };
         let mut parents = Vec::new();
         for share in held {
             let node = match &share.of {

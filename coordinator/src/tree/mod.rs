@@ -12,6 +12,7 @@ mod audit;
 mod beat;
 mod call;
 mod event;
+mod home;
 mod load;
 mod place;
 mod policy;
@@ -27,14 +28,14 @@ use std::sync::Arc;
 
 use treeboot_types::{
     AttachState, BadParent, Child, Endpoint, Epoch, HostInfo, HostName, Image, ImageId, ImageName, ImageRef,
-    PathPolicy, StripePlacement, Tick,
+    PathPolicy, StripeIndex, StripePlacement, Tick,
 };
 
 pub use event::{
     Answer, Beat, Call, CallId, Effect, Event, HostState, Note, Push, Refusal, Speaker, StreamId,
 };
 pub use load::LoadError;
-pub use policy::{KAry, Policy, Role};
+pub use policy::{KAry, Policy, Role, Striped};
 pub use query::{Candidate, HostView, TreeView, VertexView};
 pub use record::{AttachmentRecord, Change, HeldOf, HeldShare, HostRecord, Key, Record};
 
@@ -113,6 +114,10 @@ struct Place {
     /// When its parents changed last.
     position: Epoch,
     joined: u64,
+    /// The stripe that it is inner in, where the policy tells stripes apart.
+    home: StripeIndex,
+    /// Stripes that it stands in: all, or the first alone where it cannot read them apart.
+    stripes: usize,
     lease_until_ms: u64,
     told: Told,
 }
@@ -326,6 +331,7 @@ impl Forest {
             dying: &self.dying,
             settings: &self.settings,
         };
+        around.make_up_for(grove, host);
         for stripe in 0..grove.stripes.len() {
             around.vacate(grove, stripe, host);
         }

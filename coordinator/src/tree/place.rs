@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use treeboot_types::{AttachState, HostName, Image, Labels, StripeIndex};
 
 use super::stripe::{Node, Stripe, Taken};
-use super::{Grove, Host, Role, Settings};
+use super::{Grove, Host, Settings};
 
 /// By how many levels a tree may be deeper than the best one before leaves are moved up. 0 would move a host at
 /// nearly every departure; 1 costs one more hop for some and moves hardly anybody.
@@ -36,39 +36,113 @@ type Parents = Vec<(Node, u32)>;
 
 impl Around<'_> {
     /// Gives a new host a place in one stripe; false where there is no room at all.
-    pub(super) fn admit(&self, grove: &mut Grove, stripe: usize, host: &HostName, joined: u64) -> bool {
-        let is_placed = self.put(grove, stripe, host, joined);
+    pub(super) fn admit(
+        &self,
+        grove: &mut Grove,
+        stripe: usize,
+        host: &HostName,
+        home: StripeIndex,
+        joined: u64,
+    ) -> bool {
+        let capacity = self.capacity(grove, stripe, host, home);
+        let image = grove.image.clone();
+        let Some(tree) = grove.stripes.get_mut(stripe) else {
+            return false;
+        };
+        let is_placed = self.put(&image, tree, host, capacity, joined);
         // Finds nothing to do, but where silent hosts were passed over while shares ran out near the root.
         self.rebalance(grove, stripe);
         is_placed
     }
 
-    fn put(&self, grove: &mut Grove, stripe: usize, host: &HostName, joined: u64) -> bool {
-        let capacity = self.capacity(grove, stripe, host, joined);
-        let seeker = Seeker {
+    /// Gives a host a place where it takes nobody's; false where there is no room at all.
+    pub(super) fn admit_as_leaf(
+        &self,
+        grove: &mut Grove,
+        stripe: usize,
+        host: &HostName,
+        capacity: u32,
+        joined: u64,
+    ) -> bool {
+        let image = grove.image.clone();
+        let Some(tree) = grove.stripes.get_mut(stripe) else {
+            return false;
+        };
+        let is_placed = self.put_free(&image, tree, host, capacity, joined);
+        self.rebalance(grove, stripe);
+        is_placed
+    }
+
+    /// Puts a host where it is nearest the root: into free shares, or, if it offers shares itself, into those of a host
+    /// that offers none, which then goes one level down.
+    fn put(&self, image: &Image, tree: &mut Stripe, host: &HostName, capacity: u32, joined: u64) -> bool {
+        let free = self.choose(image, tree, &self.newcomer(host, &BTreeSet::new()));
+        let depth = free.as_ref().map(|parents| depth_under(tree, parents));
+        let Some(leaf) = self.idle_above(image, tree, host, depth, capacity) else {
+            return self.put_free(image, tree, host, capacity, joined);
+        };
+        let Some(taken) = tree.take(&leaf) else {
+            return false;
+        };
+        tree.insert_host(host, capacity, joined, taken.parents);
+        self.put_free(image, tree, &leaf, taken.capacity, taken.joined)
+    }
+
+    /// Puts a host into the free shares nearest the root; false where there are too few.
+    fn put_free(
+        &self,
+        image: &Image,
+        tree: &mut Stripe,
+        host: &HostName,
+        capacity: u32,
+        joined: u64,
+    ) -> bool {
+        let not = BTreeSet::from([Node::Host(host.clone())]);
+        match self.choose(image, tree, &self.newcomer(host, &not)) {
+            Some(parents) => {
+                tree.insert_host(host, capacity, joined, parents);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn newcomer<'a>(&self, host: &'a HostName, not: &'a BTreeSet<Node>) -> Seeker<'a> {
+        Seeker {
             host,
             wanted: self.settings.active_parents,
             limit: u32::MAX,
-            not: &BTreeSet::from([Node::Host(host.clone())]),
-        };
-        let image = grove.image.clone();
-        let Some(stripe) = grove.stripes.get_mut(stripe) else {
-            return false;
-        };
-        let Some(parents) = self.choose(&image, stripe, &seeker) else {
-            return false;
-        };
-        stripe.insert_host(host, capacity, joined, parents);
-        true
+            not,
+        }
     }
 
-    /// Shares that a host offers.
-    pub(super) fn capacity(&self, grove: &Grove, stripe: usize, host: &HostName, joined: u64) -> u32 {
-        let weight = self.hosts.get(host).map_or(1, |h| h.info.weight);
-        let index = StripeIndex(u16::try_from(stripe).unwrap_or(u16::MAX));
-        let role = Role::Host { joined, weight };
-        self.settings
-            .shares(self.settings.policy.slots(index, grove.image.stripes, role))
+    /// The host nearest the root that offers no shares, above `depth`, if `host` offers some and can take its place.
+    fn idle_above(
+        &self,
+        image: &Image,
+        tree: &Stripe,
+        host: &HostName,
+        depth: Option<u32>,
+        capacity: u32,
+    ) -> Option<HostName> {
+        if capacity < self.settings.active_parents {
+            return None;
+        }
+        let idle = || {
+            let above = tree
+                .idle()
+                .take_while(|(at, _)| depth.is_none_or(|depth| *at < depth));
+            above.map(|(_, leaf)| leaf)
+        };
+        let suits = |leaf: &&HostName| {
+            let parents = tree.host(leaf).map(|vertex| vertex.parents.keys());
+            parents.is_some_and(|mut parents| parents.all(|parent| self.is_fit(image, parent, host)))
+        };
+        let suitable = idle().find(suits);
+        // Where there is no free share, under whom matters less than that there is a place.
+        suitable
+            .or_else(|| idle().next().filter(|_| depth.is_none()))
+            .cloned()
     }
 
     /// Takes a host out of a stripe and gives its children other parents with the fewest moves.
@@ -91,11 +165,15 @@ impl Around<'_> {
             .partition(|(orphan, _)| is_inner(tree, orphan));
         let needed: u32 = inner.iter().map(|(_, shares)| shares).sum();
         if self.room_up_to(tree, taken.depth, needed) || !self.fill(grove, stripe, &taken) {
+            let mut all_placed = true;
             for (orphan, shares) in inner {
-                self.reattach(&image, grove, stripe, &orphan, shares, taken.depth);
+                all_placed &= self.reattach(&image, grove, stripe, &orphan, shares, taken.depth);
             }
             for (orphan, shares) in leaves {
-                self.reattach(&image, grove, stripe, &orphan, shares, u32::MAX);
+                all_placed &= self.reattach(&image, grove, stripe, &orphan, shares, u32::MAX);
+            }
+            if !all_placed && let Some(tree) = grove.stripes.get_mut(stripe) {
+                self.replant(&image, tree, 0);
             }
         }
         self.rebalance(grove, stripe);
@@ -117,9 +195,10 @@ impl Around<'_> {
 
     /// Puts a deepest leaf where `taken` was, with all its children; false where nobody can stand there.
     fn fill(&self, grove: &mut Grove, stripe: usize, taken: &Taken) -> bool {
+        let image = grove.image.clone();
         let needed: u32 = taken.orphans.values().sum();
-        let Some(filler) = self.leaf_to_move(grove, stripe, |leaf| {
-            let own = taken.orphans.get(leaf).copied();
+        let Some(filler) = self.host_to_move(grove, stripe, |host| {
+            let own = taken.orphans.get(host).copied();
             (own.is_some(), needed - own.unwrap_or(0))
         }) else {
             return false;
@@ -135,37 +214,66 @@ impl Around<'_> {
         for (orphan, &shares) in taken.orphans.iter().filter(|(orphan, _)| **orphan != filler) {
             tree.link(orphan, &parent, shares);
         }
+        // Leaves, all of them: what the filler left is free, so there is room.
+        let mut all_placed = true;
+        for (orphan, shares) in place.orphans {
+            all_placed &= self.reattach(&image, grove, stripe, &orphan, shares, u32::MAX);
+        }
+        if !all_placed && let Some(tree) = grove.stripes.get_mut(stripe) {
+            self.replant(&image, tree, 0);
+        }
         true
     }
 
-    /// A leaf of the deepest level that can take so many shares of children: one that must move anyway, that is alive
-    /// and ready, rather than another. `asks` tells of a leaf whether it must move anyway, and what it must carry.
-    fn leaf_to_move(
+    /// Who goes up into the place of an inner host: a deepest leaf, or where no leaf offers enough shares, as they do not in a
+    /// stripe that is not their home, a deepest inner host whose children are all leaves. `asks` tells of a host whether it
+    /// must move anyway, and what it must carry; one that must move anyway, that is alive and ready, goes rather than another.
+    fn host_to_move(
         &self,
         grove: &Grove,
         stripe: usize,
         asks: impl Fn(&HostName) -> (bool, u32),
     ) -> Option<HostName> {
         let tree = grove.stripes.get(stripe)?;
-        tree.level(tree.deepest())
-            .filter_map(|leaf| {
-                let vertex = tree.host(leaf)?;
-                let (must_move, carries) = asks(leaf);
-                let ready = grove.places.get(leaf).map(|p| p.state) == Some(AttachState::Ready);
-                let fits = vertex.children.is_empty() && vertex.capacity >= carries;
+        let is_leaf = |host: &HostName| tree.host(host).is_some_and(|v| v.children.is_empty());
+        let of_level = |depth: u32, with_leaves: bool| {
+            let hosts = tree.level(depth).filter_map(|host| {
+                let vertex = tree.host(host)?;
+                let (must_move, carries) = asks(host);
+                let ready = grove.places.get(host).map(|p| p.state) == Some(AttachState::Ready);
+                let fits = vertex.capacity >= carries
+                    && vertex.children.is_empty() != with_leaves
+                    && vertex.children.keys().all(is_leaf);
                 let rank = (
-                    self.dying.contains(leaf),
-                    !self.is_heard(leaf),
+                    self.dying.contains(host),
+                    !self.is_heard(host),
                     !must_move,
                     !ready,
                 );
-                fits.then_some((rank, vertex.joined, leaf))
-            })
-            .min()
-            .map(|(_, _, leaf)| leaf.clone())
+                fits.then_some((rank, vertex.joined, host))
+            });
+            hosts.min().map(|(_, _, host)| host.clone())
+        };
+        let levels = || (1..=tree.deepest()).rev();
+        levels()
+            .find_map(|depth| of_level(depth, false))
+            .or_else(|| levels().find_map(|depth| of_level(depth, true)))
     }
 
-    /// Gives a host shares of other parents, none deeper than `limit`; its own subtree never.
+    /// A leaf of the deepest level: one that is alive and ready rather than another.
+    fn leaf_to_move(&self, grove: &Grove, stripe: usize) -> Option<HostName> {
+        let tree = grove.stripes.get(stripe)?;
+        let leaves = tree.level(tree.deepest()).filter_map(|leaf| {
+            let vertex = tree.host(leaf)?;
+            let ready = grove.places.get(leaf).map(|p| p.state) == Some(AttachState::Ready);
+            let rank = (self.dying.contains(leaf), !self.is_heard(leaf), !ready);
+            vertex.children.is_empty().then_some((rank, vertex.joined, leaf))
+        });
+        leaves.min().map(|(_, _, leaf)| leaf.clone())
+    }
+
+    /// Gives a host shares of other parents, none deeper than `limit`; its own subtree never. False where there are too few,
+    /// so that an origin has one child too many.
     fn reattach(
         &self,
         image: &Image,
@@ -174,9 +282,9 @@ impl Around<'_> {
         host: &HostName,
         shares: u32,
         limit: u32,
-    ) {
+    ) -> bool {
         let Some(tree) = grove.stripes.get_mut(stripe) else {
-            return;
+            return false;
         };
         let node = Node::Host(host.clone());
         let mut not: BTreeSet<Node> = if limit == u32::MAX {
@@ -211,25 +319,31 @@ impl Around<'_> {
             anywhere.extend(tree.below(&node, usize::MAX).into_iter().flatten());
             parents = self.choose(image, tree, &seeker(&anywhere, u32::MAX));
         }
+        let is_placed = parents.is_some();
         for (parent, shares) in or_origin(parents, shares) {
             tree.link(host, &parent, shares);
         }
+        is_placed
     }
 
     /// Moves deepest leaves up while the tree is deeper than it need be.
     pub(super) fn rebalance(&self, grove: &mut Grove, stripe: usize) {
         let image = grove.image.clone();
         let hosts = grove.stripes.get(stripe).map_or(0, Stripe::hosts);
-        // Each turn brings one leaf nearer to the root, so there are not more turns than hosts.
+        let best = self.best_depth(grove, hosts);
+        // Each turn brings one host nearer to the root, so there are hardly more turns than hosts.
         for _ in 0..hosts {
             let Some(tree) = grove.stripes.get(stripe) else {
                 return;
             };
             let deepest = tree.deepest();
-            if deepest <= self.settings.policy.best_depth(hosts).saturating_add(DEPTH_SLACK) {
+            if deepest <= best.saturating_add(DEPTH_SLACK) {
                 return;
             }
-            let Some(leaf) = self.leaf_to_move(grove, stripe, |_| (false, 0)) else {
+            if self.lift(&image, grove, stripe) {
+                continue;
+            }
+            let Some(leaf) = self.leaf_to_move(grove, stripe) else {
                 return;
             };
             let Some(tree) = grove.stripes.get_mut(stripe) else {
@@ -250,34 +364,72 @@ impl Around<'_> {
             let parents = parents.unwrap_or_else(|| place.parents.into_iter().collect());
             tree.insert_host(&leaf, place.capacity, place.joined, parents);
             if is_stuck {
-                return self.replant(&image, tree);
+                // In a stripe with hosts that offer nothing, those may stand anywhere in the way.
+                let is_mixed = tree.idle().next().is_some();
+                return self.replant(&image, tree, if is_mixed { 0 } else { best });
             }
         }
     }
 
-    /// Puts all hosts below the best depth anew. Needed only with several active parents, when shares near the root are
-    /// held one by one by hosts whose other parents are deep, so that no leaf finds all of its shares there.
-    fn replant(&self, image: &Image, tree: &mut Stripe) {
-        let best = self.settings.policy.best_depth(tree.hosts());
-        let mut taken: Vec<(u64, HostName, u32)> = Vec::new();
-        while tree.deepest() > best {
+    /// The deepest host that offers shares takes the place of the one nearest the root that offers none, if that brings it
+    /// up by at least two levels.
+    fn lift(&self, image: &Image, grove: &mut Grove, stripe: usize) -> bool {
+        let Some(tree) = grove.stripes.get_mut(stripe) else {
+            return false;
+        };
+        let offers = |host: &&HostName| tree.host(host).is_some_and(|v| v.capacity > 0);
+        let deepest = (1..=tree.deepest())
+            .rev()
+            .find_map(|depth| Some((depth, tree.level(depth).find(offers)?.clone())));
+        let Some((depth, host)) = deepest else {
+            return false;
+        };
+        let Some(leaf) = self.idle_above(image, tree, &host, Some(depth.saturating_sub(1)), u32::MAX) else {
+            return false;
+        };
+        let Some(below) = tree.get(&Node::Host(host.clone())).map(|v| v.parents.clone()) else {
+            return false;
+        };
+        let Some(above) = tree.take(&leaf) else {
+            return false;
+        };
+        for parent in below.keys() {
+            tree.unlink(&host, parent);
+        }
+        for (parent, shares) in above.parents {
+            tree.link(&host, &parent, shares);
+        }
+        tree.insert_host(&leaf, above.capacity, above.joined, below);
+        true
+    }
+
+    fn best_depth(&self, grove: &Grove, hosts: usize) -> u32 {
+        self.settings.policy.best_depth(hosts, grove.image.stripes)
+    }
+
+    /// Puts all hosts below a depth anew, those that offer shares first. Needed where shares near the root are held one by one by
+    /// hosts whose other parents are deep, so that no leaf finds all of its shares there; and where the last free shares
+    /// lie below the host that looks for some.
+    fn replant(&self, image: &Image, tree: &mut Stripe, below: u32) {
+        let mut taken: Vec<(bool, u64, HostName, u32)> = Vec::new();
+        while tree.deepest() > below {
             let level: Vec<HostName> = tree.level(tree.deepest()).cloned().collect();
             for host in level {
                 if let Some(place) = tree.take(&host) {
-                    taken.push((place.joined, host, place.capacity));
+                    taken.push((place.capacity == 0, place.joined, host, place.capacity));
                 }
             }
         }
         taken.sort();
-        for (joined, host, capacity) in taken {
-            let seeker = Seeker {
-                host: &host,
-                wanted: self.settings.active_parents,
-                limit: u32::MAX,
-                not: &BTreeSet::new(),
-            };
-            let parents = self.choose(image, tree, &seeker);
-            tree.insert_host(&host, capacity, joined, or_origin(parents, seeker.wanted));
+        for (_, joined, host, capacity) in taken {
+            if !self.put(image, tree, &host, capacity, joined) {
+                tree.insert_host(
+                    &host,
+                    capacity,
+                    joined,
+                    or_origin(None, self.settings.active_parents),
+                );
+            }
         }
     }
 
@@ -285,6 +437,8 @@ impl Around<'_> {
     /// inner host not deeper, so that its children keep their place.
     pub(super) fn move_away(&self, grove: &mut Grove, stripe: usize, host: &HostName, from: &Node) -> bool {
         let image = grove.image.clone();
+        let hosts = grove.stripes.get(stripe).map_or(0, Stripe::hosts);
+        let best = self.best_depth(grove, hosts);
         let Some(tree) = grove.stripes.get_mut(stripe) else {
             return false;
         };
@@ -295,7 +449,7 @@ impl Around<'_> {
             return false;
         };
         let limit = if vertex.children.is_empty() {
-            self.settings.policy.best_depth(tree.hosts())
+            best
         } else {
             vertex.depth.saturating_sub(1)
         };
@@ -318,22 +472,30 @@ impl Around<'_> {
         true
     }
 
-    /// Takes a host's children away by putting a deepest leaf in its place; the host becomes a leaf.
+    /// Takes a host's children away by putting a deepest leaf in its place; the host becomes a leaf. False where nobody can
+    /// stand there.
     pub(super) fn demote(&self, grove: &mut Grove, stripe: usize, host: &HostName) -> bool {
-        let inner = |tree: &Stripe| tree.host(host).is_some_and(|v| !v.children.is_empty());
-        let Some(joined) = grove.places.get(host).map(|p| p.joined) else {
+        let vertex = |grove: &Grove| Some(grove.stripes.get(stripe)?.host(host)?.clone());
+        let (Some(place), Some(old)) = (grove.places.get(host), vertex(grove)) else {
             return false;
         };
-        if !grove.stripes.get(stripe).is_some_and(inner) {
+        let joined = place.joined;
+        // Where its own shares are needed it stays; its children then go to their fallbacks by themselves.
+        let is_needed = self.spare(grove, stripe) < i64::from(old.capacity);
+        let is_mixed = grove
+            .stripes
+            .get(stripe)
+            .is_some_and(|tree| tree.idle().next().is_some());
+        if old.children.is_empty() || is_needed && is_mixed {
             return false;
         }
         self.vacate(grove, stripe, host);
-        self.admit(grove, stripe, host, joined)
+        self.admit_as_leaf(grove, stripe, host, old.capacity, joined)
     }
 
     /// The free shares nearest the root: of hosts that are heard if that costs no depth, otherwise of any.
     fn choose(&self, image: &Image, tree: &Stripe, seeker: &Seeker<'_>) -> Option<Parents> {
-        let best = self.settings.policy.best_depth(tree.hosts() + 1);
+        let best = self.settings.policy.best_depth(tree.hosts() + 1, image.stripes);
         let near = Seeker {
             limit: seeker.limit.min(best),
             ..*seeker
@@ -399,7 +561,7 @@ impl Around<'_> {
         }
     }
 
-    fn is_heard(&self, host: &HostName) -> bool {
+    pub(super) fn is_heard(&self, host: &HostName) -> bool {
         self.hosts.get(host).is_some_and(|h| h.stream.is_some())
     }
 
@@ -427,6 +589,14 @@ impl Around<'_> {
 /// Where a policy has no room at all, reaching an origin matters more than the origin's fan-out.
 fn or_origin(parents: Option<Parents>, shares: u32) -> Parents {
     parents.unwrap_or_else(|| vec![(Node::Origin(0), shares)])
+}
+
+/// The depth of a host under such parents.
+fn depth_under(tree: &Stripe, parents: &Parents) -> u32 {
+    let depths = parents
+        .iter()
+        .filter_map(|(parent, _)| Some(tree.get(parent)?.depth));
+    depths.max().map_or(u32::MAX, |depth| depth.saturating_add(1))
 }
 
 /// Divides `wanted` shares by turns, so that as many parents as possible carry them.

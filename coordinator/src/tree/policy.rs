@@ -1,7 +1,4 @@
 //! How many slots a vertex has in a stripe. Where a host goes follows from that: to the free slot nearest the root.
-//!
-//! `striped` fits here: it gives an origin one slot a stripe, and a host all its slots in one stripe (its ordinal
-//! modulo k) and none in the others.
 
 use std::fmt;
 
@@ -12,10 +9,10 @@ use treeboot_types::StripeIndex;
 pub enum Role {
     /// One of the image's origins.
     Origin,
-    /// A host, with the number of its joining, by which a policy can spread hosts over stripes.
+    /// A host.
     Host {
-        /// Grows with every joining.
-        joined: u64,
+        /// The stripe that it is to be inner in, where the policy tells stripes apart.
+        home: StripeIndex,
         /// The host's own share, from 1.
         weight: u32,
     },
@@ -23,13 +20,16 @@ pub enum Role {
 
 /// Shapes the trees of an image.
 pub trait Policy: fmt::Debug + Send + Sync {
+    /// In how many stripes a new image is read.
+    fn stripes(&self) -> u16;
+
     /// Slots of a vertex in one of `stripes` stripes.
     fn slots(&self, stripe: StripeIndex, stripes: u16, role: Role) -> u32;
 
     /// The least depth of a tree of so many hosts under one origin; what rebalancing measures against.
-    fn best_depth(&self, hosts: usize) -> u32;
+    fn best_depth(&self, hosts: usize, stripes: u16) -> u32;
 
-    /// The most children that a host can have, for people.
+    /// The most children that a host of weight 1 can have in a stripe, for people.
     fn fan_out(&self) -> u32;
 }
 
@@ -41,11 +41,15 @@ pub struct KAry {
 }
 
 impl Policy for KAry {
+    fn stripes(&self) -> u16 {
+        1
+    }
+
     fn slots(&self, _stripe: StripeIndex, _stripes: u16, _role: Role) -> u32 {
         self.fan_out
     }
 
-    fn best_depth(&self, hosts: usize) -> u32 {
+    fn best_depth(&self, hosts: usize, _stripes: u16) -> u32 {
         if self.fan_out <= 1 {
             return u32::try_from(hosts).unwrap_or(u32::MAX);
         }
@@ -60,5 +64,81 @@ impl Policy for KAry {
 
     fn fan_out(&self) -> u32 {
         self.fan_out
+    }
+}
+
+/// Each host is inner in one stripe, its home, with as many slots as there are stripes, and a leaf in the others. So a
+/// host uploads an image about once, as often as it downloads it, whatever the number of hosts; and so does an origin,
+/// which has one slot a stripe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Striped {
+    /// Stripes of a new image, from 2.
+    pub stripes: u16,
+}
+
+impl Striped {
+    /// An image that is read in one stripe has a binary tree.
+    const WHOLE: KAry = KAry { fan_out: 2 };
+}
+
+impl Policy for Striped {
+    fn stripes(&self) -> u16 {
+        self.stripes
+    }
+
+    fn slots(&self, stripe: StripeIndex, stripes: u16, role: Role) -> u32 {
+        match role {
+            _ if stripes < 2 => Self::WHOLE.slots(stripe, stripes, role),
+            // With more than two stripes the homes may be uneven by up to so many slots.
+            Role::Origin => u32::from(stripes) - 1,
+            Role::Host { home, weight } if home == stripe => u32::from(stripes).saturating_mul(weight.max(1)),
+            Role::Host { .. } => 0,
+        }
+    }
+
+    fn best_depth(&self, hosts: usize, stripes: u16) -> u32 {
+        if stripes < 2 {
+            return Self::WHOLE.best_depth(hosts, stripes);
+        }
+        let slots = usize::from(stripes);
+        // Inner hosts on top, in the stripe that has the fewest of them.
+        let mut inner = hosts / slots;
+        let (mut depth, mut room, mut level) = (0, 0usize, slots - 1);
+        while room < hosts && level > 0 {
+            room = room.saturating_add(level);
+            depth += 1;
+            let of_level = level.min(inner);
+            inner -= of_level;
+            level = of_level.saturating_mul(slots);
+        }
+        depth
+    }
+
+    fn fan_out(&self) -> u32 {
+        self.stripes.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn best_depths_of_stripes() {
+        let policy = Striped { stripes: 2 };
+        let depths: Vec<u32> = [0, 1, 2, 3, 7, 8, 15, 100, 1_000]
+            .map(|n| policy.best_depth(n, 2))
+            .into();
+        // 1 + 2 + 4 + ... places as long as half of the hosts are enough to offer them.
+        assert_eq!(depths, [0, 1, 2, 2, 3, 4, 4, 7, 10]);
+        assert_eq!(policy.best_depth(14, 1), KAry { fan_out: 2 }.best_depth(14, 1));
+        // Room for everybody whatever the rest of the division.
+        for stripes in 2..6 {
+            for hosts in 0..200 {
+                let slots = (stripes as usize - 1) + hosts / stripes as usize * stripes as usize;
+                assert!(slots >= hosts);
+                assert!(Striped { stripes }.best_depth(hosts, stripes) < 200);
+            }
+        }
     }
 }

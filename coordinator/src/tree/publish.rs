@@ -293,6 +293,7 @@ fn record_of(grove: &Grove, host: &HostName, place: &Place) -> AttachmentRecord 
         epoch: place.told.epoch,
         position: place.position,
         joined: place.joined,
-        stripes: grove.stripes.iter().map(held).collect(),
+        home: place.home.0,
+        stripes: grove.stripes.iter().take(place.stripes).map(held).collect(),
     }
 }

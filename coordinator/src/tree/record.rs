@@ -72,6 +72,9 @@ pub struct AttachmentRecord {
     pub position: Epoch,
     /// The number of its joining, by which equals are ordered.
     pub joined: u64,
+    /// The stripe that it is inner in, where the policy tells stripes apart.
+    #[serde(default)]
+    pub home: u16,
     /// For each stripe, the parents with the shares that it holds of them.
     pub stripes: Vec<Vec<HeldShare>>,
 }

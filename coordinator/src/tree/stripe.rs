@@ -56,7 +56,11 @@ pub(super) struct Stripe {
     free: BTreeSet<(u32, u32, u64, Node)>,
     /// Hosts by depth.
     levels: BTreeMap<u32, BTreeSet<HostName>>,
+    /// Hosts that offer no shares and have no children, by depth.
+    idle: BTreeSet<(u32, HostName)>,
     hosts: usize,
+    /// Shares of all vertices.
+    capacity: u32,
     /// Whose placement may read differently since this was taken last.
     touched: BTreeSet<Node>,
 }
@@ -85,8 +89,22 @@ impl Stripe {
             .filter_map(|(_, _, _, node)| Some((node, self.vertices.get(node)?)))
     }
 
+    pub(super) fn host_names(&self) -> impl Iterator<Item = &HostName> {
+        self.levels.values().flatten()
+    }
+
     pub(super) fn hosts(&self) -> usize {
         self.hosts
+    }
+
+    /// Hosts that offer no shares and have no children, with their depths: nearest the root first.
+    pub(super) fn idle(&self) -> impl Iterator<Item = (u32, &HostName)> {
+        self.idle.iter().map(|(depth, host)| (*depth, host))
+    }
+
+    /// Shares of all vertices, held or not.
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
     }
 
     /// Depth of the deepest host; 0 where there is none.
@@ -120,20 +138,26 @@ impl Stripe {
         let Some(vertex) = self.vertices.get_mut(node) else {
             return;
         };
-        let (old_depth, old_used) = (vertex.depth, vertex.used);
+        let (old_depth, old_used, old_capacity) = (vertex.depth, vertex.used, vertex.capacity);
         change(vertex);
         self.free
             .remove(&(old_depth, old_used, vertex.joined, node.clone()));
+        self.capacity = self.capacity - old_capacity + vertex.capacity;
         if vertex.free() > 0 {
             self.free
                 .insert((vertex.depth, vertex.used, vertex.joined, node.clone()));
         }
         let depth = vertex.depth;
-        if let Node::Host(host) = node
-            && depth != old_depth
-        {
-            self.drop_from_level(host, old_depth);
-            self.levels.entry(depth).or_default().insert(host.clone());
+        let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
+        if let Node::Host(host) = node {
+            if depth != old_depth {
+                self.drop_from_level(host, old_depth);
+                self.levels.entry(depth).or_default().insert(host.clone());
+            }
+            self.idle.remove(&(old_depth, host.clone()));
+            if is_idle {
+                self.idle.insert((depth, host.clone()));
+            }
         }
     }
 
@@ -162,8 +186,12 @@ impl Stripe {
         if capacity > 0 {
             self.free.insert((depth, 0, joined, node.clone()));
         }
+        self.capacity += capacity;
         if let Node::Host(host) = &node {
             self.levels.entry(depth).or_default().insert(host.clone());
+            if capacity == 0 {
+                self.idle.insert((depth, host.clone()));
+            }
             self.hosts += 1;
         }
         self.vertices.insert(node, vertex);
@@ -185,6 +213,11 @@ impl Stripe {
         for (parent, shares) in parents {
             self.link(host, &parent, shares);
         }
+    }
+
+    /// A host offers so many shares from now on; what children hold stays held.
+    pub(super) fn set_capacity(&mut self, host: &HostName, capacity: u32) {
+        self.change(&Node::Host(host.clone()), |vertex| vertex.capacity = capacity);
     }
 
     /// A child takes shares of a parent; its depth and that of all below follow.
@@ -237,7 +270,9 @@ impl Stripe {
             self.free
                 .remove(&(vertex.depth, vertex.used, vertex.joined, node));
             self.drop_from_level(host, vertex.depth);
+            self.idle.remove(&(vertex.depth, host.clone()));
             self.hosts -= 1;
+            self.capacity -= vertex.capacity;
         }
         Some(taken)
     }

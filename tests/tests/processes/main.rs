@@ -11,4 +11,5 @@ mod harness;
 mod iscsi_suite;
 mod kernel_initiator;
 mod names;
+mod striped;
 mod support;

@@ -104,7 +104,7 @@ fn known_name(world: &World, name: &str) -> bool {
 /// What the record must say, told from the trees alone.
 fn check_record(world: &World) -> Result<(), String> {
     let tree = world.forest.tree(&image_ref()).map_err(|e| e.to_string())?;
-    let in_tree: Vec<_> = tree
+    let in_tree: std::collections::BTreeSet<_> = tree
         .vertices
         .iter()
         .filter(|v| !v.origin)
@@ -142,6 +142,17 @@ fn check(world: &World) -> Result<(), String> {
     check_record(world)
 }
 
+/// No host has children in two stripes, nor more than there are stripes.
+fn check_homes(world: &World, stripes: u16, active_parents: u32) -> Result<(), String> {
+    for host in world.agents.keys() {
+        let (homes, children) = world.feeds(host);
+        if homes.len() > 1 || children > usize::from(stripes) * active_parents as usize {
+            return Err(format!("{host} feeds {children} hosts in the stripes {homes:?}"));
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(config())]
 
@@ -155,6 +166,29 @@ proptest! {
         for (at, op) in ops.iter().enumerate() {
             apply(&mut world, *op);
             if let Err(why) = check(&world) {
+                return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
+            }
+        }
+    }
+
+    #[test]
+    fn every_law_holds_of_stripes_after_every_event(
+        stripes in 2u16..4,
+        active_parents in 1u32..3,
+        whole in 0..HOSTS,
+        ops in proptest::collection::vec(op(), 1..80),
+    ) {
+        let mut world = World::striped(stripes, active_parents);
+        for (at, op) in ops.iter().enumerate() {
+            // Some hosts cannot read stripes apart.
+            if let Op::Join(n) = op && n % 6 == whole % 6 && !world.agents.contains_key(&host(*n)) {
+                world.come(&host(*n));
+                world.agents.get_mut(&host(*n)).unwrap().max_stripes = 1;
+                world.beat(&host(*n));
+            }
+            apply(&mut world, *op);
+            let checked = check(&world).and_then(|()| check_homes(&world, stripes, active_parents));
+            if let Err(why) = checked {
                 return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
             }
         }

@@ -366,3 +366,86 @@ fn search_lists_the_best_parents_first_and_says_why() {
     );
     assert!(all.last().unwrap().reason.contains("no slot free"));
 }
+
+#[test]
+fn in_stripes_inner_hosts_stand_on_top_and_an_origin_has_one_child_in_each() {
+    let mut world = World::striped(2, 1);
+    for n in 0..1_000 {
+        world.come(&host(n));
+        world.join(&host(n)).unwrap();
+    }
+    world.forest.audit().unwrap();
+    world.check_told().unwrap();
+    assert_eq!(
+        world.deepest(),
+        10,
+        "1 + 2 + 4 + ... places, offered by half of the hosts"
+    );
+    let tree = world.forest.tree(&image_ref()).unwrap();
+    for origin in tree.vertices.iter().filter(|v| v.origin) {
+        assert_eq!(origin.children, 1, "in {}", origin.stripe);
+    }
+    let mut fed = 0;
+    for n in 0..1_000 {
+        let (homes, children) = world.feeds(&host(n));
+        assert!(homes.len() <= 1 && children <= 2, "{homes:?}");
+        fed += children;
+    }
+    assert_eq!(fed, 2 * 1_000 - 2, "all but the origin's");
+}
+
+#[test]
+fn stripes_do_not_drift_over_300_leaves_and_joins_of_100_hosts() {
+    let mut world = World::striped(2, 1);
+    (0..100).for_each(|n| world.grow(&host(n)));
+    let mut dice = Dice(3);
+    let mut moved = 0;
+    for turn in 0..300 {
+        let leaver = host(dice.roll(100));
+        let before = edges(&world);
+        world.leave(&leaver).unwrap();
+        let audits = [world.forest.audit(), world.forest.audit_depth()];
+        audits
+            .into_iter()
+            .for_each(|audit| audit.unwrap_or_else(|why| panic!("turn {turn}: {why}")));
+        moved += edges(&world).difference(&before).count();
+        world.connect(&leaver);
+        world.join(&leaver).unwrap();
+        world.register(&leaver).unwrap();
+    }
+    world.check_told().unwrap();
+    println!(
+        "{:.2} edges moved a departure",
+        f64::from(u32::try_from(moved).unwrap()) / 3e2
+    );
+    assert!(moved < 6 * 300, "{moved} edges moved in 300 departures");
+}
+
+#[test]
+fn a_host_that_cannot_read_stripes_apart_gets_one_parent_for_all() {
+    let mut world = World::striped(2, 1);
+    (0..6).for_each(|n| world.grow(&host(n)));
+    world.come("whole");
+    world.agents.get_mut("whole").unwrap().max_stripes = 1;
+    world.beat("whole");
+    let placement = world.join("whole").unwrap();
+    assert_eq!(placement.stripes.len(), 1);
+    assert_eq!(placement.stripes[0].active.len(), 1);
+    (7..40).for_each(|n| world.grow(&host(n)));
+    world.forest.audit().unwrap();
+    world.check_told().unwrap();
+}
+
+#[test]
+fn others_change_their_home_where_a_stripe_would_have_too_few_slots() {
+    let mut world = World::striped(2, 1);
+    (0..8).for_each(|n| world.grow(&host(n)));
+    // All hosts of one home go, one after another: others make it theirs.
+    for leaver in [1, 3, 5] {
+        world.leave(&host(leaver)).unwrap();
+        world.forest.audit().unwrap();
+        world.check_told().unwrap();
+    }
+    let tree = world.forest.tree(&image_ref()).unwrap();
+    assert!(tree.vertices.iter().filter(|v| v.origin).all(|v| v.children == 1));
+}

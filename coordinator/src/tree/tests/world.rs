@@ -9,8 +9,8 @@ use treeboot_types::{
 };
 
 use crate::tree::{
-    Answer, Beat, Call, CallId, Change, Effect, Event, Forest, HostState, KAry, Key, Note, Push, Record,
-    Refusal, Settings, Speaker, StreamId,
+    Answer, Beat, Call, CallId, Change, Effect, Event, Forest, HostState, KAry, Key, Note, Policy, Push,
+    Record, Refusal, Settings, Speaker, StreamId, Striped,
 };
 
 pub(super) const BEAT_MS: u64 = 1_000;
@@ -69,8 +69,12 @@ pub(super) fn foreign(portal: &str) -> Origin {
 }
 
 pub(super) fn settings(fan_out: u32, active_parents: u32) -> Settings {
+    settings_of(Arc::new(KAry { fan_out }), active_parents)
+}
+
+pub(super) fn settings_of(policy: Arc<dyn Policy>, active_parents: u32) -> Settings {
     Settings {
-        policy: Arc::new(KAry { fan_out }),
+        policy,
         active_parents,
         path_policy: PathPolicy::RoundRobin,
         beat_ms: BEAT_MS,
@@ -85,6 +89,7 @@ pub(super) struct Agent {
     pub(super) instance: String,
     pub(super) portal: String,
     pub(super) labels: Labels,
+    pub(super) max_stripes: u16,
     pub(super) stream: Option<StreamId>,
     pub(super) placements: BTreeMap<ImageId, Placement>,
     pub(super) states: BTreeMap<ImageId, AttachState>,
@@ -112,6 +117,13 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(fan_out: u32, active_parents: u32) -> Self {
         let mut world = Self::empty(settings(fan_out, active_parents));
+        world.add_image(image(vec![foreign("10.9.9.9:3260")])).unwrap();
+        world
+    }
+
+    /// Images are read in so many stripes.
+    pub(super) fn striped(stripes: u16, active_parents: u32) -> Self {
+        let mut world = Self::empty(settings_of(Arc::new(Striped { stripes }), active_parents));
         world.add_image(image(vec![foreign("10.9.9.9:3260")])).unwrap();
         world
     }
@@ -210,6 +222,7 @@ impl World {
             instance: format!("instance-of-{host}"),
             portal: portal.into(),
             labels: labels(with),
+            max_stripes: 8,
             ..Agent::default()
         };
         self.agents.insert(host.into(), agent);
@@ -396,6 +409,11 @@ impl World {
 
     /// The oracle: it looks at nothing but what connected hosts were told, and asks the laws of that.
     pub(super) fn check_told(&self) -> Result<(), String> {
+        let image = self.forest.image(&image_ref()).map_err(|e| e.to_string())?;
+        (0..image.stripes).try_for_each(|stripe| self.check_told_of(usize::from(stripe)))
+    }
+
+    fn check_told_of(&self, index: usize) -> Result<(), String> {
         let fan_out = self.forest.settings().policy.fan_out();
         let active = self.forest.settings().active_parents;
         let mut load: BTreeMap<String, u32> = BTreeMap::new();
@@ -407,7 +425,15 @@ impl World {
             else {
                 continue;
             };
-            let stripe = placement.stripes.first().ok_or(format!("{host} has no stripe"))?;
+            let Some(stripe) = placement.stripes.get(index) else {
+                if index > 0 && agent.max_stripes <= 1 {
+                    continue;
+                }
+                return Err(format!("{host} has no stripe {index}"));
+            };
+            if usize::from(stripe.stripe.0) != index {
+                return Err(format!("{host} has {} as stripe {index}", stripe.stripe));
+            }
             if stripe.active.is_empty() || !stripe.fallbacks.iter().chain(&stripe.active).any(|p| p.origin) {
                 return Err(format!("{host} is not led to an origin: {stripe:?}"));
             }
@@ -422,7 +448,8 @@ impl World {
                 let Some(theirs) = above.placements.get(&image_id()) else {
                     return Err(format!("{host} reads from {name}, which left"));
                 };
-                let told = theirs.children.iter().any(|c| c.host.as_str() == host);
+                let mut children = theirs.children.iter();
+                let told = children.any(|c| c.host.as_str() == host && c.stripe == stripe.stripe);
                 if above.stream.is_some() && !told {
                     return Err(format!("{name} was not told of {host}"));
                 }
@@ -437,6 +464,20 @@ impl World {
             Some((host, shares)) if active == 1 => Err(format!("{host} feeds {shares}")),
             _ => Ok(()),
         }
+    }
+
+    /// In which stripes a host has children, and how many in all.
+    pub(super) fn feeds(&self, host: &str) -> (BTreeSet<u16>, usize) {
+        let tree = self.forest.tree(&image_ref()).unwrap();
+        let of_host = tree
+            .vertices
+            .iter()
+            .filter(|v| v.host.as_ref().is_some_and(|h| h.as_str() == host) && v.children > 0);
+        let stripes: Vec<(u16, usize)> = of_host.map(|v| (v.stripe.0, v.children as usize)).collect();
+        (
+            stripes.iter().map(|s| s.0).collect(),
+            stripes.iter().map(|s| s.1).sum(),
+        )
     }
 }
 
@@ -467,7 +508,7 @@ impl Agent {
             agent_address: String::new(),
             portal: self.portal.clone(),
             plane: PlaneKind::User,
-            max_stripes: 1,
+            max_stripes: self.max_stripes,
             labels: self.labels.clone(),
             version: "test".into(),
             weight: 1,
