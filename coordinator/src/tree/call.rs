@@ -144,6 +144,7 @@ impl Forest {
             settings: &self.settings,
         };
         let (stripes, home) = (around.stands_in(grove, host), around.home_for(grove, host));
+        around.make_room_for(grove, host, home);
         let placed = (0..stripes)
             .take_while(|&s| around.admit(grove, s, host, home, joined))
             .count();

@@ -49,20 +49,31 @@ impl Around<'_> {
         i64::from(tree.capacity()).saturating_sub_unsigned(taken)
     }
 
+    /// Before a host comes: where another stripe than its home would have too few shares with it, others make that one theirs.
+    pub(super) fn make_room_for(&self, grove: &mut Grove, comer: &HostName, home: StripeIndex) {
+        let share = i64::from(self.settings.active_parents);
+        for stripe in (0..self.stands_in(grove, comer)).filter(|stripe| *stripe != usize::from(home.0)) {
+            self.provide(grove, stripe, share, comer);
+        }
+    }
+
     /// Before a host goes: where its stripe would have too few shares without it, others make it their home.
     pub(super) fn make_up_for(&self, grove: &mut Grove, leaver: &HostName) {
         let share = i64::from(self.settings.active_parents);
         for stripe in 0..grove.stripes.len() {
-            // Each turn gains a slot or is the last.
-            for _ in 0..grove.places.len() {
-                let offered = grove.stripes.get(stripe).and_then(|tree| tree.host(leaver));
-                let Some(offered) = offered.map(|vertex| i64::from(vertex.capacity)) else {
-                    break;
-                };
-                let left = self.spare(grove, stripe) - offered + share;
-                if left >= 0 || !self.change_home(grove, stripe, leaver) {
-                    break;
-                }
+            let offered = grove.stripes.get(stripe).and_then(|tree| tree.host(leaver));
+            if let Some(offered) = offered.map(|vertex| i64::from(vertex.capacity)) {
+                self.provide(grove, stripe, offered - share, leaver);
+            }
+        }
+    }
+
+    /// Has hosts other than `not` change their home until a stripe can spare so many shares.
+    fn provide(&self, grove: &mut Grove, stripe: usize, shares: i64, not: &HostName) {
+        // Each turn gains a slot or is the last.
+        for _ in 0..grove.places.len() {
+            if self.spare(grove, stripe) >= shares || !self.change_home(grove, stripe, not) {
+                return;
             }
         }
     }

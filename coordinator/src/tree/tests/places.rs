@@ -449,3 +449,18 @@ fn others_change_their_home_where_a_stripe_would_have_too_few_slots() {
     let tree = world.forest.tree(&image_ref()).unwrap();
     assert!(tree.vertices.iter().filter(|v| v.origin).all(|v| v.children == 1));
 }
+
+/// Found by random histories: both that are left have one home, and a third stripe is nobody's.
+#[test]
+fn a_newcomer_finds_room_where_all_that_are_left_have_one_home() {
+    for stripes in 2..5 {
+        let mut world = World::striped(stripes, 1);
+        (0..12).for_each(|n| world.grow(&host(n)));
+        for leaver in (0..12).filter(|n| n % usize::from(stripes) != 0) {
+            world.leave(&host(leaver)).unwrap();
+        }
+        (20..30).for_each(|n| world.grow(&host(n)));
+        world.forest.audit().unwrap();
+        world.check_told().unwrap();
+    }
+}
