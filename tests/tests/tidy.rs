@@ -50,7 +50,7 @@ fn files() -> Vec<String> {
             let name = entry.file_name().to_string_lossy().into_owned();
             let kind = entry.file_type().expect("an entry has a type");
             if kind.is_dir() {
-                if !matches!(name.as_str(), "target" | ".git" | "artifacts") {
+                if !matches!(name.as_str(), "target" | ".git" | "artifacts" | "corpus") {
                     walk(&path, root, found);
                 }
             } else if kind.is_file() && !name.ends_with(".img") && !name.ends_with(".log") && name != ".git" {

@@ -19,6 +19,7 @@ mod policy;
 mod publish;
 mod query;
 mod record;
+mod shape;
 mod stripe;
 #[cfg(test)]
 mod tests;

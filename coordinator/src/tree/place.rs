@@ -23,16 +23,16 @@ pub(super) struct Around<'a> {
 }
 
 /// Who looks for shares.
-struct Seeker<'a> {
-    host: &'a HostName,
-    wanted: u32,
+pub(super) struct Seeker<'a> {
+    pub(super) host: &'a HostName,
+    pub(super) wanted: u32,
     /// Greatest depth of a parent.
-    limit: u32,
+    pub(super) limit: u32,
     /// Vertices that cannot be its parents: itself, those below, and those that it has already.
-    not: &'a BTreeSet<Node>,
+    pub(super) not: &'a BTreeSet<Node>,
 }
 
-type Parents = Vec<(Node, u32)>;
+pub(super) type Parents = Vec<(Node, u32)>;
 
 impl Around<'_> {
     /// Gives a new host a place in one stripe; false where there is no room at all.
@@ -75,7 +75,14 @@ impl Around<'_> {
 
     /// Puts a host where it is nearest the root: into free shares, or, if it offers shares itself, into those of a host
     /// that offers none, which then goes one level down.
-    fn put(&self, image: &Image, tree: &mut Stripe, host: &HostName, capacity: u32, joined: u64) -> bool {
+    pub(super) fn put(
+        &self,
+        image: &Image,
+        tree: &mut Stripe,
+        host: &HostName,
+        capacity: u32,
+        joined: u64,
+    ) -> bool {
         let free = self.choose(image, tree, &self.newcomer(host, &BTreeSet::new()));
         let depth = free.as_ref().map(|parents| depth_under(tree, parents));
         let Some(leaf) = self.idle_above(image, tree, host, depth, capacity) else {
@@ -117,7 +124,7 @@ impl Around<'_> {
     }
 
     /// The host nearest the root that offers no shares, above `depth`, if `host` offers some and can take its place.
-    fn idle_above(
+    pub(super) fn idle_above(
         &self,
         image: &Image,
         tree: &Stripe,
@@ -260,18 +267,6 @@ impl Around<'_> {
             .or_else(|| levels().find_map(|depth| of_level(depth, true)))
     }
 
-    /// A leaf of the deepest level: one that is alive and ready rather than another.
-    fn leaf_to_move(&self, grove: &Grove, stripe: usize) -> Option<HostName> {
-        let tree = grove.stripes.get(stripe)?;
-        let leaves = tree.level(tree.deepest()).filter_map(|leaf| {
-            let vertex = tree.host(leaf)?;
-            let ready = grove.places.get(leaf).map(|p| p.state) == Some(AttachState::Ready);
-            let rank = (self.dying.contains(leaf), !self.is_heard(leaf), !ready);
-            vertex.children.is_empty().then_some((rank, vertex.joined, leaf))
-        });
-        leaves.min().map(|(_, _, leaf)| leaf.clone())
-    }
-
     /// Gives a host shares of other parents, none deeper than `limit`; its own subtree never. False where there are too few,
     /// so that an origin has one child too many.
     fn reattach(
@@ -324,113 +319,6 @@ impl Around<'_> {
             tree.link(host, &parent, shares);
         }
         is_placed
-    }
-
-    /// Moves deepest leaves up while the tree is deeper than it need be.
-    pub(super) fn rebalance(&self, grove: &mut Grove, stripe: usize) {
-        let image = grove.image.clone();
-        let hosts = grove.stripes.get(stripe).map_or(0, Stripe::hosts);
-        let best = self.best_depth(grove, hosts);
-        // Each turn brings one host nearer to the root, so there are hardly more turns than hosts.
-        for _ in 0..hosts {
-            let Some(tree) = grove.stripes.get(stripe) else {
-                return;
-            };
-            let deepest = tree.deepest();
-            if deepest <= best.saturating_add(DEPTH_SLACK) {
-                return;
-            }
-            if self.lift(&image, grove, stripe) {
-                continue;
-            }
-            let Some(leaf) = self.leaf_to_move(grove, stripe) else {
-                return;
-            };
-            let Some(tree) = grove.stripes.get_mut(stripe) else {
-                return;
-            };
-            // Taken out first, because its own shares may be the ones that are missing near the root.
-            let Some(place) = tree.take(&leaf) else {
-                return;
-            };
-            let seeker = Seeker {
-                host: &leaf,
-                wanted: self.settings.active_parents,
-                limit: deepest.saturating_sub(2),
-                not: &BTreeSet::new(),
-            };
-            let parents = self.choose(&image, tree, &seeker);
-            let is_stuck = parents.is_none();
-            let parents = parents.unwrap_or_else(|| place.parents.into_iter().collect());
-            tree.insert_host(&leaf, place.capacity, place.joined, parents);
-            if is_stuck {
-                // In a stripe with hosts that offer nothing, those may stand anywhere in the way.
-                let is_mixed = tree.idle().next().is_some();
-                return self.replant(&image, tree, if is_mixed { 0 } else { best });
-            }
-        }
-    }
-
-    /// The deepest host that offers shares takes the place of the one nearest the root that offers none, if that brings it
-    /// up by at least two levels.
-    fn lift(&self, image: &Image, grove: &mut Grove, stripe: usize) -> bool {
-        let Some(tree) = grove.stripes.get_mut(stripe) else {
-            return false;
-        };
-        let offers = |host: &&HostName| tree.host(host).is_some_and(|v| v.capacity > 0);
-        let deepest = (1..=tree.deepest())
-            .rev()
-            .find_map(|depth| Some((depth, tree.level(depth).find(offers)?.clone())));
-        let Some((depth, host)) = deepest else {
-            return false;
-        };
-        let Some(leaf) = self.idle_above(image, tree, &host, Some(depth.saturating_sub(1)), u32::MAX) else {
-            return false;
-        };
-        let Some(below) = tree.get(&Node::Host(host.clone())).map(|v| v.parents.clone()) else {
-            return false;
-        };
-        let Some(above) = tree.take(&leaf) else {
-            return false;
-        };
-        for parent in below.keys() {
-            tree.unlink(&host, parent);
-        }
-        for (parent, shares) in above.parents {
-            tree.link(&host, &parent, shares);
-        }
-        tree.insert_host(&leaf, above.capacity, above.joined, below);
-        true
-    }
-
-    fn best_depth(&self, grove: &Grove, hosts: usize) -> u32 {
-        self.settings.policy.best_depth(hosts, grove.image.stripes)
-    }
-
-    /// Puts all hosts below a depth anew, those that offer shares first. Needed where shares near the root are held one by one by
-    /// hosts whose other parents are deep, so that no leaf finds all of its shares there; and where the last free shares
-    /// lie below the host that looks for some.
-    fn replant(&self, image: &Image, tree: &mut Stripe, below: u32) {
-        let mut taken: Vec<(bool, u64, HostName, u32)> = Vec::new();
-        while tree.deepest() > below {
-            let level: Vec<HostName> = tree.level(tree.deepest()).cloned().collect();
-            for host in level {
-                if let Some(place) = tree.take(&host) {
-                    taken.push((place.capacity == 0, place.joined, host, place.capacity));
-                }
-            }
-        }
-        taken.sort();
-        for (_, joined, host, capacity) in taken {
-            if !self.put(image, tree, &host, capacity, joined) {
-                tree.insert_host(
-                    &host,
-                    capacity,
-                    joined,
-                    or_origin(None, self.settings.active_parents),
-                );
-            }
-        }
     }
 
     /// Moves a host away from one of its parents, where there is room; true if it moved. A leaf may go anywhere; an
@@ -494,7 +382,7 @@ impl Around<'_> {
     }
 
     /// The free shares nearest the root: of hosts that are heard if that costs no depth, otherwise of any.
-    fn choose(&self, image: &Image, tree: &Stripe, seeker: &Seeker<'_>) -> Option<Parents> {
+    pub(super) fn choose(&self, image: &Image, tree: &Stripe, seeker: &Seeker<'_>) -> Option<Parents> {
         let best = self.settings.policy.best_depth(tree.hosts() + 1, image.stripes);
         let near = Seeker {
             limit: seeker.limit.min(best),
@@ -587,7 +475,7 @@ impl Around<'_> {
 }
 
 /// Where a policy has no room at all, reaching an origin matters more than the origin's fan-out.
-fn or_origin(parents: Option<Parents>, shares: u32) -> Parents {
+pub(super) fn or_origin(parents: Option<Parents>, shares: u32) -> Parents {
     parents.unwrap_or_else(|| vec![(Node::Origin(0), shares)])
 }
 
