@@ -314,3 +314,11 @@ pub(super) async fn fail_at_every_step<R: Rig>(
     }
     tried
 }
+
+pub(super) async fn build_and_remove(rig: &impl Rig) {
+    let image = rig.image(0);
+    reach(rig, &wanted(&image, 0, &[1], 0..2)).await.expect("created");
+    check_disk(rig, 1, &image.bytes).await;
+    check_export(rig, 0, 1).await;
+    reach(rig, &nothing(0..2)).await.expect("removed");
+}

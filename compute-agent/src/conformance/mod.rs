@@ -96,6 +96,11 @@ pub async fn fail_at_every_step_of<R: Rig>(
     laws::fail_at_every_step(make, removing, mode).await
 }
 
+/// Builds a base and two disks, looks at them, and removes all: for tests of what happens beside it.
+pub async fn build_and_remove(rig: &impl Rig) {
+    laws::build_and_remove(rig).await;
+}
+
 fn host(n: u8) -> HostName {
     HostName::new(&format!("10.0.0.{n}")).expect("a valid name")
 }

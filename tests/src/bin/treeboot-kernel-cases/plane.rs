@@ -2,7 +2,10 @@
 //!
 //! What takes longer is a group of its own, `plane-faults`, which is run by hand.
 
+mod killed;
+mod paths;
 mod rig;
+mod strangers;
 
 use std::future::Future;
 use std::time::Duration;
@@ -24,6 +27,13 @@ pub(crate) const GROUP: Group = Group {
         ("the_kernel_plane_conforms_with_dm_cache", || {
             case(conformance::run(|| rig::rig(Some(Kind::DmCache))))
         }),
+        ("two_stripes_come_from_two_parents", || case(paths::two_stripes())),
+        ("reads_survive_the_death_of_the_active_parent", || {
+            case(paths::a_parent_dies())
+        }),
+        ("what_only_looks_like_ours_is_left_alone", || {
+            case(strangers::are_left_alone())
+        }),
     ],
     helpers: &[],
     sweep: super::devices::sweep,
@@ -35,6 +45,9 @@ pub(crate) const FAULTS: Group = Group {
     cases: &[
         ("the_kernel_plane_conforms_without_a_cache", || {
             case(conformance::run(|| rig::rig(None)))
+        }),
+        ("an_agent_killed_20_times_leaves_nothing_unknown", || {
+            case(killed::twenty_times())
         }),
         ("building_survives_an_error_at_every_step", || {
             faults(false, FaultMode::Error)
@@ -55,7 +68,7 @@ pub(crate) const FAULTS: Group = Group {
             faults(true, FaultMode::CrashAfter)
         }),
     ],
-    helpers: &[],
+    helpers: &[("agent", killed::agent)],
     sweep: super::devices::sweep,
 };
 

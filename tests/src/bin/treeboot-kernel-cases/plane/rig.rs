@@ -56,13 +56,13 @@ struct Parent {
 }
 
 pub(crate) struct KernelRig {
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
     plane: Option<Arc<KernelPlane>>,
     journal: Option<Journal>,
-    images: [TestImage; 2],
+    pub(crate) images: [TestImage; 2],
     cache: Option<Kind>,
     /// They serve as long as they are here.
-    _parents: [Parent; 2],
+    parents: [Parent; 2],
 }
 
 /// Where cases keep their files: a file system that loop devices work on.
@@ -135,7 +135,7 @@ fn sources(active: PathTo) -> Sources {
     }
 }
 
-fn settings(dir: &Path, cache: Option<Kind>) -> KernelSettings {
+pub(crate) fn settings(dir: &Path, cache: Option<Kind>) -> KernelSettings {
     KernelSettings {
         host: HostName::new(HOST).expect("a name"),
         state: dir.join("kernel"),
@@ -228,12 +228,12 @@ pub(crate) async fn rig(cache: Option<Kind>) -> KernelRig {
         dir,
         images,
         cache,
-        _parents: parents,
+        parents,
     }
 }
 
 /// Reads a block device past the page cache; offset and length are multiples of a block.
-fn read_device(path: &Path, at: u64, bytes: usize) -> std::io::Result<Vec<u8>> {
+pub(crate) fn read_device(path: &Path, at: u64, bytes: usize) -> std::io::Result<Vec<u8>> {
     let device = OpenOptions::new().read(true).custom_flags(DIRECT).open(path)?;
     let mut buffer = vec![0; bytes + BLOCK];
     let skip = buffer.as_ptr().align_offset(BLOCK);
@@ -257,6 +257,22 @@ async fn waiting<T: Send + 'static>(
 }
 
 impl KernelRig {
+    /// Ends the plane, so that another process can have this kernel.
+    pub(crate) fn away(&mut self) {
+        self.plane = None;
+        self.journal = None;
+    }
+    /// A parent dies: its sessions are cut, and nobody listens there any more.
+    pub(crate) async fn kill_parent(&self, n: usize) {
+        self.parents[n].server.shutdown(Duration::ZERO).await;
+    }
+    /// Opens the plane again.
+    pub(crate) fn back(&mut self) {
+        self.plane = Some(Arc::new(
+            KernelPlane::open(settings(&self.dir, self.cache)).expect("opens"),
+        ));
+        self.journal = Some(Journal::open(&self.dir).expect("a journal").0);
+    }
     fn disk(&self, vm: &VmName) -> PathBuf {
         match self.plane().disk_place(vm).expect("a place") {
             DiskPlace::Device(path) => path,
