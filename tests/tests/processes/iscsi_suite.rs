@@ -391,7 +391,7 @@ async fn run(
     for pattern in patterns {
         let mut command = scratch.command("iscsi-test-cu");
         command
-            .args(["-A", "-d", "-V", "-t", pattern])
+            .args(["-A", "-d", "--allow-sanitize", "-V", "-t", pattern])
             .args(urls)
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
