@@ -45,7 +45,9 @@ impl Network {
     pub fn new(scratch: &Scratch, hosts: usize) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let hub = format!("tb{}-{count}", std::process::id());
+        // After the folder, whose name nobody else has: runs in several namespaces of pids share the network namespaces' names.
+        let folder = scratch.path().file_name().unwrap_or_default().to_string_lossy();
+        let hub = format!("tb{}-{count}", folder.trim_start_matches("treeboot-"));
         let network = Self { hub, hosts };
         scratch.own_namespace(&network.hub)?;
         ip(&format!("netns add {}", network.hub))?;

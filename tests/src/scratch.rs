@@ -25,6 +25,9 @@ const PREFIX: &str = "treeboot-";
 /// How long killed processes may take to be gone: the kernel frees a guest's memory first.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
 
+/// When a folder of which it cannot be told whether its owner lives is removed all the same.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
+
 /// Folders of this process that are not yet ended.
 static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
@@ -60,7 +63,7 @@ impl Scratch {
         let own = std::process::id();
         fs::write(
             scratch.folder.join("owner"),
-            format!("{own} {}", started(own).unwrap_or(0)),
+            format!("{own} {} {}", started(own).unwrap_or(0), namespace_of_pids()),
         )?;
         Ok(scratch)
     }
@@ -155,7 +158,11 @@ fn sweep() {
                 continue;
             };
             let alive = u32::try_from(pid).ok().and_then(started) == Some(start);
-            if !alive {
+            // Pids of another namespace say nothing here: a run in a container that shares this folder may well go on.
+            let elsewhere = words
+                .next()
+                .is_some_and(|namespace| namespace != namespace_of_pids());
+            if !alive && (!elsewhere || is_old(&folder)) {
                 end(&folder);
             }
         }
@@ -197,6 +204,18 @@ fn watch_signals() {
             });
         });
     });
+}
+
+/// The namespace in which our pids mean something, by its inode.
+fn namespace_of_pids() -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    fs::metadata("/proc/self/ns/pid").map_or(0, |namespace| namespace.ino())
+}
+
+/// No run takes as long as it has been there.
+fn is_old(folder: &Path) -> bool {
+    let made = fs::metadata(folder).and_then(|folder| folder.modified());
+    made.is_ok_and(|made| made.elapsed().is_ok_and(|age| age > FORGOTTEN_AFTER))
 }
 
 /// When a process started, in ticks since boot: with the pid, its identity (proc(5), `stat`, field 22).
