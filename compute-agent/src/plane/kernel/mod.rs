@@ -137,7 +137,6 @@ pub struct KernelPlane {
     bases: Mutex<HashSet<Digest>>,
     disks: Arc<Mutex<HashSet<VmName>>>,
     watchers: [AbortHandle; 2],
-    _lock: Flock<File>,
 }
 
 impl Drop for KernelPlane {
@@ -184,6 +183,7 @@ impl KernelPlane {
             iscsi,
             records,
             deltas,
+            _lock: lock,
         });
         let disks = Arc::new(Mutex::new(HashSet::new()));
         let keepers = Arc::<Mutex<HashMap<Digest, Keeper>>>::default();
@@ -199,7 +199,6 @@ impl KernelPlane {
             bases: Mutex::default(),
             disks,
             watchers,
-            _lock: lock,
         };
         plane.take_up()?;
         Ok(plane)

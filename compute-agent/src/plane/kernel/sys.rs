@@ -2,11 +2,13 @@
 //!
 //! Everything here may block and has no limit of its own; [`within`] gives it a thread and a limit.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::Flock;
 use treeboot_dm::loops::{self, LoopDevice, LoopError};
 use treeboot_dm::{DeviceNumber, DmDevice, Mapper, MapperError, Mode, Outcome, Table};
 use treeboot_iscsi::lio::Lio;
@@ -38,6 +40,8 @@ pub(super) struct Sys {
     pub(super) iscsi: OpenIscsi,
     pub(super) records: Records,
     pub(super) deltas: Deltas,
+    /// Held for as long as any thread works here: one that was left behind must not meet the next plane.
+    pub(super) _lock: Flock<File>,
 }
 
 impl Sys {

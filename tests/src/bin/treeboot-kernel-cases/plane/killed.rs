@@ -112,7 +112,7 @@ pub(super) async fn twenty_times() {
         }
         child.kill().await.expect("killed");
     }
-    rig.back();
+    rig.back().await;
     let applier = Applier {
         plane: rig.plane(),
         journal: rig.journal(),

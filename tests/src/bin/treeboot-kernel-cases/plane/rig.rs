@@ -6,13 +6,15 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use treeboot_agent::apply::Applier;
 use treeboot_agent::conformance::{Rig, TestImage};
 use treeboot_agent::journal::Journal;
-use treeboot_agent::plane::kernel::{CacheSettings, DELTA_CHUNK_BYTES, KernelPlane, KernelSettings};
+use treeboot_agent::plane::kernel::{
+    CacheSettings, DELTA_CHUNK_BYTES, KernelPlane, KernelSettings, OpenError,
+};
 use treeboot_agent::plane::{DiskPlace, Plane, Scope};
 use treeboot_agent::stack::{Content, Found, PathTo, Sources, StripePaths, Wanted};
 use treeboot_block::storage::{FileStorage, OpenMode};
@@ -28,6 +30,8 @@ use treeboot_types::{DATA_LUN, Endpoint, HASH_LUN, HostName, ImageId, Iqn, VmNam
 const PORTAL: &str = "127.0.0.1:3260";
 /// Any free port of a parent.
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+/// A login with a parent that does not answer takes seconds.
+const OPENS_WITHIN: Duration = Duration::from_secs(60);
 /// More than either kind needs at least.
 const CACHE_BYTES: u64 = 128 << 20;
 const HOST: &str = "under-test";
@@ -184,7 +188,7 @@ fn image(dir: &Path, n: u8, parents: &[Parent; 2]) -> TestImage {
 
 /// Removes all that a former rig left, by the plane's own means.
 async fn tidy(dir: &Path, cache: Option<Kind>) {
-    let plane = Arc::new(KernelPlane::open(settings(dir, cache)).expect("opens"));
+    let plane = open(dir, cache).await;
     let journal = Journal::open(dir).expect("a journal").0;
     let found = plane.inspect(&Scope::All).await.expect("a look");
     let nothing = Wanted {
@@ -200,6 +204,19 @@ async fn tidy(dir: &Path, cache: Option<Kind>) {
         plane.inspect(&Scope::All).await.expect("a look"),
         Found::default()
     );
+}
+
+/// Opens a plane as soon as all threads of the one before have ended, as they would have with its process.
+async fn open(dir: &Path, cache: Option<Kind>) -> Arc<KernelPlane> {
+    let begun = Instant::now();
+    loop {
+        match KernelPlane::open(settings(dir, cache)) {
+            Err(OpenError::InUse) if begun.elapsed() < OPENS_WITHIN => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            opened => return Arc::new(opened.expect("opens")),
+        }
+    }
 }
 
 /// Removes what the last rig left.
@@ -223,7 +240,7 @@ pub(crate) async fn rig(cache: Option<Kind>) -> KernelRig {
     let parents = [parent(), parent()];
     let images = [0, 1].map(|n| image(&dir, n, &parents));
     KernelRig {
-        plane: Some(Arc::new(KernelPlane::open(settings(&dir, cache)).expect("opens"))),
+        plane: Some(open(&dir, cache).await),
         journal: Some(Journal::open(&dir).expect("a journal").0),
         dir,
         images,
@@ -267,10 +284,8 @@ impl KernelRig {
         self.parents[n].server.shutdown(Duration::ZERO).await;
     }
     /// Opens the plane again.
-    pub(crate) fn back(&mut self) {
-        self.plane = Some(Arc::new(
-            KernelPlane::open(settings(&self.dir, self.cache)).expect("opens"),
-        ));
+    pub(crate) async fn back(&mut self) {
+        self.plane = Some(open(&self.dir, self.cache).await);
         self.journal = Some(Journal::open(&self.dir).expect("a journal").0);
     }
     fn disk(&self, vm: &VmName) -> PathBuf {
@@ -302,10 +317,7 @@ impl Rig for KernelRig {
         drop(old);
         assert!(weak.upgrade().is_none(), "nobody else holds the plane");
         self.journal = None;
-        self.plane = Some(Arc::new(
-            KernelPlane::open(settings(&self.dir, self.cache)).expect("opens"),
-        ));
-        self.journal = Some(Journal::open(&self.dir).expect("a journal").0);
+        self.back().await;
     }
     async fn read_export(
         &self,
