@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod fleet;
 pub mod guest;
 pub mod image;
+pub mod lab;
 pub mod measure;
 pub mod need;
 pub mod network;

@@ -47,7 +47,12 @@ impl Network {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         // After the folder, whose name nobody else has: runs in several namespaces of pids share the network namespaces' names.
         let folder = scratch.path().file_name().unwrap_or_default().to_string_lossy();
-        let hub = format!("tb{}-{count}", folder.trim_start_matches("treeboot-"));
+        let place = match folder.strip_prefix("treeboot-") {
+            Some(random) => random.to_owned(),
+            // A folder of somebody's choice, which another may choose too.
+            None => format!("{folder}{}", std::process::id()),
+        };
+        let hub = format!("tb{place}-{count}");
         let network = Self { hub, hosts };
         scratch.own_namespace(&network.hub)?;
         ip(&format!("netns add {}", network.hub))?;

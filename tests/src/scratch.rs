@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
@@ -21,6 +21,9 @@ pub const MARK: &str = "TREEBOOT_SCRATCH";
 
 /// Start of every folder's name; short, because a Unix socket's path has at most 107 bytes.
 const PREFIX: &str = "treeboot-";
+
+/// The file that holds the pid and the start of whoever ends the folder.
+const OWNER: &str = "owner";
 
 /// How long killed processes may take to be gone: the kernel frees a guest's memory first.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
@@ -54,6 +57,24 @@ impl Scratch {
             .tempdir()
             .context("could not make a temporary folder")?
             .keep();
+        Self::own(folder, evidence)
+    }
+
+    /// As [`Scratch::new`], in a folder of the caller's choice that is not there yet and that nobody's sweep ends:
+    /// [`end_left`] does, once it is left.
+    ///
+    /// # Errors
+    /// The folder cannot be made.
+    pub fn in_folder(folder: &Path, evidence: PathBuf) -> Result<Self> {
+        watch_signals();
+        if let Some(above) = folder.parent() {
+            fs::create_dir_all(above)?;
+        }
+        fs::create_dir(folder).with_context(|| format!("could not make {}", folder.display()))?;
+        Self::own(folder.to_path_buf(), evidence)
+    }
+
+    fn own(folder: PathBuf, evidence: PathBuf) -> Result<Self> {
         LIVE.lock().push(folder.clone());
         let scratch = Self {
             folder,
@@ -62,7 +83,7 @@ impl Scratch {
         };
         let own = std::process::id();
         fs::write(
-            scratch.folder.join("owner"),
+            scratch.folder.join(OWNER),
             format!("{own} {} {}", started(own).unwrap_or(0), namespace_of_pids()),
         )?;
         Ok(scratch)
@@ -102,6 +123,13 @@ impl Scratch {
     /// Ends everything; no evidence is needed.
     pub fn pass(mut self) {
         self.passed = true;
+    }
+
+    /// Lets everything in it run on, without an owner: [`end_left`] ends it.
+    pub fn leave(self) {
+        let _ = fs::remove_file(self.folder.join(OWNER));
+        LIVE.lock().retain(|folder| *folder != self.folder);
+        std::mem::forget(self);
     }
 
     /// Copies logs and consoles to where they outlive the folder; gives that place.
@@ -148,25 +176,51 @@ fn sweep() {
             if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
                 continue;
             }
-            let Ok(owner) = fs::read_to_string(folder.join("owner")) else {
-                continue;
-            };
-            let mut words = owner
-                .split(' ')
-                .filter_map(|word| word.trim().parse::<u64>().ok());
-            let (Some(pid), Some(start)) = (words.next(), words.next()) else {
-                continue;
-            };
-            let alive = u32::try_from(pid).ok().and_then(started) == Some(start);
-            // Pids of another namespace say nothing here: a run in a container that shares this folder may well go on.
-            let elsewhere = words
-                .next()
-                .is_some_and(|namespace| namespace != namespace_of_pids());
-            if !alive && (!elsewhere || is_old(&folder)) {
+            if let Some(Owner { alive: false, .. }) = owner(&folder) {
                 end(&folder);
             }
         }
     });
+}
+
+/// Ends a folder that was left ([`Scratch::leave`]), or whose owner did not live to end it.
+///
+/// # Errors
+/// Its owner lives.
+pub fn end_left(folder: &Path) -> Result<()> {
+    if let Some(Owner { pid, alive: true }) = owner(folder) {
+        bail!(
+            "{} is process {pid}'s, which is at work there; end that one first",
+            folder.display()
+        );
+    }
+    end(folder);
+    if folder.exists() {
+        bail!("{} could not be removed", folder.display());
+    }
+    Ok(())
+}
+
+struct Owner {
+    pid: u32,
+    alive: bool,
+}
+
+/// Whose folder it is, where it is anybody's.
+fn owner(folder: &Path) -> Option<Owner> {
+    let text = fs::read_to_string(folder.join(OWNER)).ok()?;
+    let mut words = text.split_whitespace();
+    let pid = words.next()?.parse().ok()?;
+    let start: u64 = words.next()?.parse().ok()?;
+    // Pids of another namespace say nothing here: a run in a container that shares this folder may well go on.
+    let elsewhere = words
+        .next()
+        .and_then(|namespace| namespace.parse::<u64>().ok())
+        .is_some_and(|namespace| namespace != namespace_of_pids());
+    Some(Owner {
+        pid,
+        alive: started(pid) == Some(start) || (elsewhere && !is_old(folder)),
+    })
 }
 
 /// On Ctrl-C, a termination or the terminal's end: everything is ended and removed, then this process too.

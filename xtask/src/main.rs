@@ -8,6 +8,7 @@ mod apt;
 mod bench;
 mod demo;
 mod guest;
+mod lab;
 mod soak;
 mod test;
 mod workspace;
@@ -36,6 +37,8 @@ enum Command {
     Bench(bench::Args),
     /// The guests' disk images: built once and kept.
     Guest(guest::Args),
+    /// Real Linux hosts on this machine, as user-mode Linux guests, with a coordinator and an origin; needs root.
+    Lab(lab::Args),
     /// Everything that must hold: formatting, lints, and all tests, with real daemons and guests.
     Test(test::Args),
     /// Fuzzes each target and runs the oracle for long; needs cargo-fuzz.
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Guest(args) => guest::run(args),
+        Command::Lab(args) => lab::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::Test(args) => test::run(&args, std::env::var_os("CI").is_some()),
         Command::Ci(args) => test::run(&args, true),

@@ -1,0 +1,118 @@
+//! A VM's disk as a block device of its host, whatever the host's plane: by the kernel's own initiator at the agent's portal, or the
+//! device-mapper path itself.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result};
+use treeboot_types::IscsiUrl;
+
+use super::{Lab, LabHost};
+
+/// The words of `iscsiadm` for a target at a portal, and the device that a session of it gave. Used by both scripts below.
+const NODE: &str = r#"
+node() { iscsiadm -m node -T "$target" -p "$portal" "$@"; }
+device() {
+    for session in /sys/class/iscsi_session/session*; do
+        if [ "$(cat "$session/targetname" 2>/dev/null)" = "$target" ]; then
+            ls "$session"/device/target*/*:"$lun"/block 2>/dev/null
+        fi
+    done
+}
+"#;
+
+/// Logs in and prints the device's path.
+const LOG_IN: &str = r#"
+if [ -z "$(device)" ]; then
+    node -o new >/dev/null
+    node -o update -n node.startup -v manual
+    node -o update -n node.session.timeo.replacement_timeout -v 20
+    node --login >/dev/null
+fi
+for try in $(seq 200); do
+    name=$(device)
+    if [ -n "$name" ] && [ -b "/dev/$name" ]; then
+        echo "/dev/$name"
+        exit 0
+    fi
+    sleep 0.05
+done
+echo "no block device came of $target" >&2
+exit 1
+"#;
+
+impl Lab {
+    /// Creates a VM's disk on a host and gives its path as a block device there.
+    ///
+    /// # Errors
+    /// The agent or the host's initiator refused.
+    pub async fn create_disk(&self, host: &LabHost, vm: &str, image: &str) -> Result<String> {
+        self.treeboot(&["vm", "create", vm, "--image", image, "--host", host.name()])
+            .await?;
+        self.disk(host, vm).await
+    }
+
+    /// The path of a VM's disk as a block device of its host; where the agent serves it as a LUN the host logs in first.
+    ///
+    /// # Errors
+    /// There is no such disk, or the host's initiator cannot log in.
+    pub async fn disk(&self, host: &LabHost, vm: &str) -> Result<String> {
+        match self.place(host, vm).await? {
+            Place::Device(path) => {
+                host.sh(&format!("[ -b '{path}' ] || {{ echo 'no {path}' >&2; exit 1; }}"))
+                    .await?;
+                Ok(path)
+            }
+            Place::Lun(url) => {
+                let path = host.sh(&format!("{}{LOG_IN}", variables(&url)?)).await?;
+                Ok(path.trim().to_owned())
+            }
+        }
+    }
+
+    /// Lets go of what [`Lab::disk`] took, so that the disk can be destroyed.
+    ///
+    /// # Errors
+    /// The host's initiator cannot log out.
+    pub async fn release_disk(&self, host: &LabHost, vm: &str) -> Result<()> {
+        if let Place::Lun(url) = self.place(host, vm).await? {
+            host.sh(&format!(
+                "{}node --logout >/dev/null\nnode -o delete",
+                variables(&url)?
+            ))
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn place(&self, host: &LabHost, vm: &str) -> Result<Place> {
+        let list = self
+            .json(&["vm", "list", "--host", host.name(), "--json"])
+            .await?;
+        let row = list
+            .as_array()
+            .and_then(|vms| vms.iter().find(|one| one["name"] == vm))
+            .with_context(|| format!("'{vm}' has no disk on {}: {list}", host.name()))?;
+        if let Some(device) = row["device"].as_str() {
+            return Ok(Place::Device(device.to_owned()));
+        }
+        let url = row["url"].as_str().context("a disk without a place")?;
+        Ok(Place::Lun(url.parse()?))
+    }
+}
+
+/// Where a front end finds a disk.
+enum Place {
+    Device(String),
+    Lun(IscsiUrl),
+}
+
+fn variables(url: &IscsiUrl) -> Result<String> {
+    let portal: SocketAddr = url
+        .portal()
+        .parse()
+        .with_context(|| format!("the portal of {url} is no address"))?;
+    Ok(format!(
+        "target={}\nportal={portal}\nlun={}\n{NODE}",
+        url.target, url.lun
+    ))
+}
