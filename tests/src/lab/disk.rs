@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use anyhow::{Context as _, Result};
 use treeboot_types::IscsiUrl;
 
-use super::{Lab, LabHost};
+use super::{KNOWN_WITHIN, Lab, LabHost};
+use crate::wait::wait_until;
 
 /// The words of `iscsiadm` for a target at a portal, and the device that a session of it gave. Used by both scripts below.
 const NODE: &str = r#"
@@ -85,9 +86,15 @@ impl Lab {
     }
 
     async fn place(&self, host: &LabHost, vm: &str) -> Result<Place> {
-        let list = self
-            .json(&["vm", "list", "--host", host.name(), "--json"])
-            .await?;
+        // The coordinator may forget a host that was down in the very moment before its agent is back.
+        let list = wait_until(KNOWN_WITHIN, "the host's list of VMs", async || {
+            let output = self
+                .treeboot_output(&["vm", "list", "--host", host.name(), "--json"])
+                .await?;
+            Ok(output.status.success().then_some(output.stdout))
+        })
+        .await?;
+        let list: serde_json::Value = serde_json::from_slice(&list).context("a list of VMs")?;
         let row = list
             .as_array()
             .and_then(|vms| vms.iter().find(|one| one["name"] == vm))

@@ -1,0 +1,8 @@
+//! Real Linux hosts: what must hold on each plane and where planes mix. Which plane a host has is a parameter of every scenario.
+
+#![forbid(unsafe_code)]
+
+mod bytes;
+mod power;
+mod root_fs;
+mod support;
