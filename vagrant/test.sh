@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A smoke test of the running lab: imports an image of random bytes, attaches every host to it, reads each host's
-# view back through a disk of its own, and compares. Ends with 0 only if every byte is right everywhere.
+# view back through a disk of its own, by the host's own iSCSI initiator, and compares; then writes to each disk and sees that
+# it keeps its bytes over a restart of the agent. Ends with 0 only if every byte is right everywhere.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -13,25 +14,55 @@ if [ -z "$hosts" ]; then
   exit 1
 fi
 
+# What a host does with a disk: logs in where the disk is a LUN, and prints the path of the block device.
+# shellcheck disable=SC2016 # for the shell on the host
+disk='set -eu
+place=$(treeboot vm list --json | tr -d " \n" | tr "{" "\n" | grep "\"name\":\"$vm\"" | grep -oE "(iscsi://|/dev/)[^\"]*" | head -n 1)
+case $place in
+  /dev/*) echo "$place"; exit ;;
+esac
+rest=${place#iscsi://}; portal=${rest%%/*}; rest=${rest#*/}; target=${rest%/*}; lun=${rest##*/}
+node() { sudo iscsiadm -m node -T "$target" -p "$portal" "$@" >/dev/null; }
+node --login 2>/dev/null || { node -o new; node --login; }
+path=/dev/disk/by-path/ip-$portal-iscsi-$target-lun-$lun
+for try in $(seq 100); do [ -b "$path" ] && break; sleep 0.1; done
+[ -b "$path" ]
+echo "$path"'
+
+sum_of() { # host, vm
+  on "$1" "vm=$2; disk=\$($disk); sudo blockdev --flushbufs \$disk; sudo sha256sum < \$disk" | cut -d' ' -f1
+}
+
 image=smoke-$(date +%s)
-trap 'on origin "treeboot image remove --force $image; rm -f /tmp/$image.raw" || true' EXIT
+# shellcheck disable=SC2317 # called by the trap
+clean() {
+  for host in $hosts; do
+    on "$host" "sudo iscsiadm -m node --logoutall=all >/dev/null; treeboot vm destroy $image-$host >/dev/null" || true
+  done
+  on origin "treeboot image remove --force $image; rm -f /tmp/$image.raw" || true
+}
+trap clean EXIT
 on origin "dd if=/dev/urandom of=/tmp/$image.raw bs=1M count=64 status=none && treeboot image import /tmp/$image.raw $image"
 expected=$(on origin "sha256sum < /tmp/$image.raw" | cut -d' ' -f1)
 
 on origin "treeboot image attach $image --all"
 on origin "treeboot tree $image"
 failed=0
-for host in $hosts; do
-  on origin "treeboot vm create $image-$host --image $image --host $host" >/dev/null
-  url=$(on origin "treeboot vm list --json" | grep -o "iscsi://[^\"]*:disk:$image-$host/0")
-  read_back="qemu-img convert -O raw '$url' /tmp/back.raw && sha256sum < /tmp/back.raw; rm -f /tmp/back.raw"
-  got=$(on "$host" "sudo apt-get -qq install -y qemu-utils qemu-block-extra >/dev/null; $read_back" | cut -d' ' -f1)
-  if [ "$got" = "$expected" ]; then
-    echo "$host: identical"
+check() { # host, what, got, expected
+  if [ "$3" = "$4" ]; then
+    echo "$1: $2"
   else
-    echo "$host: DIFFERENT ('$got', not $expected)"
+    echo "$1: NOT $2 ('$3', not '$4')"
     failed=1
   fi
-  on origin "treeboot vm destroy $image-$host" >/dev/null
+}
+for host in $hosts; do
+  vm=$image-$host
+  on origin "treeboot vm create $vm --image $image --host $host" >/dev/null
+  check "$host" identical "$(sum_of "$host" "$vm")" "$expected"
+  on "$host" "vm=$vm; disk=\$($disk); echo $host | sudo dd of=\$disk conv=fsync,notrunc status=none"
+  written=$(sum_of "$host" "$vm")
+  on "$host" "sudo systemctl restart treeboot-agent"
+  check "$host" "kept over a restart of the agent" "$(sum_of "$host" "$vm")" "$written"
 done
 exit $failed

@@ -28,8 +28,10 @@ const PACKAGES: &[&str] = &[
     "qemu-block-extra",
     "qemu-system-x86",
     "qemu-utils",
+    "shellcheck",
     "tgt",
     "user-mode-linux",
+    "vagrant",
 ];
 
 /// Everything is built once, with the kernel plane in it; that the default features compile is checked beside it.
