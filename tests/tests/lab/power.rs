@@ -90,6 +90,7 @@ async fn scenario(lab: &Lab, cuts: u32, seed: u64) -> Result<()> {
             .count();
         host.boot(lab.scratch())?;
         host.wait_up().await?;
+        lab.wait_known().await?;
         let disk = lab.disk(host, "vm").await?;
         let found = found(lab, host, &disk).await?;
         model
