@@ -157,6 +157,11 @@ fn iscsi() -> Result<()> {
 }
 
 #[test]
+fn plane() -> Result<()> {
+    group("plane")
+}
+
+#[test]
 fn a_line_that_is_neither_ok_nor_failed_is_a_failure() {
     let output = "CASE one ok\r\nnoise\nCASE two FAILED it said: no\nCASE three oka\n";
     let failed: Vec<_> = cases(output)
