@@ -176,9 +176,7 @@ fn played_qemu_img(dir: &Path, convert: &str) -> (PathBuf, String) {
 /// It is gone, or dead and only waits for somebody to ask: in a container the first process may never do that.
 fn has_ended(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat
-        .rsplit_once(") ")
-        .and_then(|(_, rest)| rest.chars().next());
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
     matches!(state, None | Some('Z' | 'X'))
 }
 
