@@ -42,26 +42,36 @@ pub(crate) const GROUP: crate::Group = crate::Group {
         ("dm_cache_is_taken_over_and_closed_and_found_again", || {
             found_again(Kind::DmCache)
         }),
-        ("bcache_that_dies_leaves_the_base_running", || {
-            failing::a_cache_that_dies(Kind::Bcache)
-        }),
         ("dm_cache_that_dies_leaves_the_base_running", || {
             failing::a_cache_that_dies(Kind::DmCache)
         }),
-        ("bcache_that_dies_while_filled_never_gives_wrong_bytes", || {
-            failing::a_cache_that_dies_while_filled(Kind::Bcache)
-        }),
         ("dm_cache_that_dies_while_filled_never_gives_wrong_bytes", || {
             failing::a_cache_that_dies_while_filled(Kind::DmCache)
-        }),
-        ("bcache_that_falters_never_gives_wrong_bytes", || {
-            failing::a_cache_that_falters(Kind::Bcache)
         }),
         ("dm_cache_that_falters_never_gives_wrong_bytes", || {
             failing::a_cache_that_falters(Kind::DmCache)
         }),
         ("a_foreign_device_is_not_written_to", a_foreign_device),
         ("dm_cache_grows_in_use", dm_cache_grows),
+    ],
+    helpers: &[],
+    sweep: devices::sweep,
+};
+
+/// By hand: once in about ten runs the guest stood still behind the second of these, and nobody knows yet whether bcache's own threads
+/// do, or only its console, on which the kernel writes a line for each read that failed.
+pub(crate) const FAULTS: crate::Group = crate::Group {
+    name: "cache-faults",
+    cases: &[
+        ("bcache_that_dies_leaves_the_base_running", || {
+            failing::a_cache_that_dies(Kind::Bcache)
+        }),
+        ("bcache_that_dies_while_filled_never_gives_wrong_bytes", || {
+            failing::a_cache_that_dies_while_filled(Kind::Bcache)
+        }),
+        ("bcache_that_falters_never_gives_wrong_bytes", || {
+            failing::a_cache_that_falters(Kind::Bcache)
+        }),
     ],
     helpers: &[],
     sweep: devices::sweep,

@@ -42,6 +42,7 @@ struct Group {
 const GROUPS: &[Group] = &[
     dm::GROUP,
     cache::GROUP,
+    cache::FAULTS,
     iscsi::GROUP,
     plane::GROUP,
     plane::FAULTS,
