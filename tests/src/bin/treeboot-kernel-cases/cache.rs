@@ -58,7 +58,7 @@ pub(crate) const GROUP: crate::Group = crate::Group {
     sweep: devices::sweep,
 };
 
-/// By hand: once in about ten runs the guest stood still behind the second of these, and nobody knows yet whether bcache's own threads
+/// By hand: in one of six runs the guest stood still behind the second of these, and nobody knows yet whether bcache's own threads
 /// do, or only its console, on which the kernel writes a line for each read that failed.
 pub(crate) const FAULTS: crate::Group = crate::Group {
     name: "cache-faults",
