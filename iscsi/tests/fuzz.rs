@@ -187,6 +187,8 @@ fn cdbs() -> Vec<[u8; 16]> {
             cdb[0] = entry.opcode;
             cdb[1] = entry.action.unwrap_or(0);
             match entry.opcode >> 5 {
+                // SEND DIAGNOSTIC has a test instead of parameters.
+                0 if entry.opcode == 0x1d => cdb[1] = 0x04,
                 0 => cdb[4] = 24,
                 1 | 2 => cdb[8] = 24,
                 5 => cdb[9] = 24,
@@ -324,7 +326,12 @@ fn seeds_of_sessions() {
         cmd_sn: 0,
         exp_stat_sn: 0,
     };
-    functions::framed(&mut others, 2, &text.into(), b"SendTargets=\0X-other=1\0");
+    functions::framed(
+        &mut others,
+        2,
+        &text.into(),
+        b"SendTargets=\0MaxRecvDataSegmentLength=700\0X-other=1\0",
+    );
     let snack = Snack {
         kind: 0,
         lun: LunField(0),

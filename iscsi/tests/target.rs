@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use support::{Client, Memory, TARGET, iqn, serve, serve_with};
-use treeboot_iscsi::pdu::{Framing, LunField, NO_TAG, NopOut, Pdu, ScsiCommand, TaskAttribute};
+use treeboot_block::{BlockDevice, BlockError, Extent, Geometry, IoFuture, Provisioning};
+use treeboot_iscsi::pdu::{Framing, LunField, NO_TAG, NopOut, Pdu, Residual, ScsiCommand, TaskAttribute};
 use treeboot_iscsi::scsi::{Sense, status};
 use treeboot_iscsi::target::{Access, AddTargetError, ServerConfig};
 
@@ -247,4 +248,201 @@ async fn discovery_lists_what_the_initiator_may_use() {
     let (_server, portal) = serve(Arc::new(Memory::new(1 << 20, false))).await;
     let text = Client::discover(portal).await;
     assert_eq!(text, format!("TargetName={TARGET}\0TargetAddress={portal},1\0"));
+}
+
+#[tokio::test]
+async fn send_targets_answers_all_by_name_and_for_the_session_s_own() {
+    let memory = Arc::new(Memory::new(1 << 20, false));
+    let (server, portal) = serve(memory.clone()).await;
+    let entry = |name: &str| format!("TargetName={name}\0TargetAddress={portal},1\0");
+    let mut hidden = support::spec(memory.clone(), Access::Initiators(BTreeSet::new()));
+    hidden.name = iqn("iqn.2026-11.test:hidden");
+    server.add_target(hidden).unwrap();
+    let mut other = support::spec(memory, Access::Anyone);
+    other.name = iqn("iqn.2026-11.test:other");
+    server.add_target(other).unwrap();
+    let all = [entry(TARGET), entry("iqn.2026-11.test:other")].concat();
+    let rejected = "SendTargets=Reject\0".to_owned();
+    let mut discovery = Client::try_discovery(portal).await.unwrap();
+    let mut normal = Client::login(portal, TARGET, 0).await;
+    for (value, of_discovery, of_normal) in [
+        // RFC 7143 appendix C: "All" must not be supported in an operational session, nothing is for those alone.
+        ("All", all, rejected.clone()),
+        ("", rejected, entry(TARGET)),
+        (TARGET, entry(TARGET), entry(TARGET)),
+        ("iqn.2026-11.test:hidden", String::new(), String::new()),
+        ("iqn.2026-11.test:absent", String::new(), String::new()),
+    ] {
+        assert_eq!(
+            discovery.text(&[("SendTargets", value)]).await,
+            of_discovery,
+            "'{value}'"
+        );
+        assert_eq!(
+            normal.text(&[("SendTargets", value)]).await,
+            of_normal,
+            "'{value}'"
+        );
+    }
+}
+
+#[tokio::test]
+async fn keys_that_may_come_after_the_login_take_effect_and_others_are_refused() {
+    let memory = Arc::new(Memory::new(1 << 20, false));
+    let (_server, portal) = serve(memory).await;
+    let mut client = Client::login(portal, TARGET, 0).await;
+    let data: Vec<u8> = (0..64 * 1024).map(|i| (i / 300) as u8).collect();
+    client.write(0, &data).await;
+    for bytes in [700, 4096, 10_000, 262_144] {
+        let value = bytes.to_string();
+        let keys = [
+            ("MaxRecvDataSegmentLength", value.as_str()),
+            ("InitiatorAlias", "me"),
+        ];
+        assert_eq!(client.text(&keys).await, "", "declarations have no answer");
+        // What is longer than declared cannot be followed.
+        client.framing.max_data_bytes = bytes;
+        assert_eq!(client.read(0, 128).await, data);
+        assert_eq!(
+            client
+                .command([0x12, 0, 0, 0, 96, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 96, None)
+                .await
+                .1
+                .len(),
+            96
+        );
+    }
+    for value in ["511", "16777216", "many", ""] {
+        let keys = [("MaxRecvDataSegmentLength", value)];
+        assert_eq!(
+            client.text(&keys).await,
+            "MaxRecvDataSegmentLength=Reject\0",
+            "'{value}'"
+        );
+    }
+    let keys = [
+        ("HeaderDigest", "CRC32C"),
+        ("MaxBurstLength", "512"),
+        ("X-org.example", "1"),
+    ];
+    assert_eq!(
+        client.text(&keys).await,
+        "HeaderDigest=Reject\0MaxBurstLength=Reject\0X-org.example=NotUnderstood\0"
+    );
+    assert_eq!(client.read(0, 128).await, data);
+}
+
+/// A disk of a mebibyte whose blocks from some place on cannot be read.
+struct Damaged {
+    from: u64,
+    as_if_attaching: bool,
+}
+
+impl BlockDevice for Damaged {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            bytes: 1 << 20,
+            block_bytes: 512,
+            physical_block_bytes: 512,
+            read_only: true,
+            thin: false,
+        }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
+        let bytes = buf.len() as u64;
+        let error = match self.as_if_attaching {
+            _ if offset + bytes <= self.from => None,
+            true => Some(BlockError::Unavailable {
+                what: "no parent yet".into(),
+            }),
+            false => Some(BlockError::Io {
+                offset,
+                source: std::io::Error::other("damaged"),
+            }),
+        };
+        Box::pin(async move { error.map_or(Ok(()), Err) })
+    }
+
+    fn write<'a>(&'a self, _offset: u64, _data: &'a [u8]) -> IoFuture<'a, ()> {
+        Box::pin(async { Err(BlockError::ReadOnly) })
+    }
+
+    fn flush(&self) -> IoFuture<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn discard(&self, _offset: u64, _bytes: u64) -> IoFuture<'_, ()> {
+        Box::pin(async { Err(BlockError::ReadOnly) })
+    }
+
+    fn extent(&self, _offset: u64, bytes: u64) -> IoFuture<'_, Extent> {
+        let state = Provisioning::Mapped;
+        Box::pin(async move { Ok(Extent { bytes, state }) })
+    }
+}
+
+#[tokio::test]
+async fn a_self_test_says_whether_the_first_and_the_last_block_can_be_read() {
+    let mut self_test = [0; 16];
+    (self_test[0], self_test[1]) = (0x1d, 0x04);
+    let failed = (status::CHECK_CONDITION, Some(Sense::FAILED_SELF_TEST));
+    let not_ready = (status::CHECK_CONDITION, Some(Sense::BECOMING_READY));
+    for (from, as_if_attaching, answer) in [
+        (1 << 20, false, (status::GOOD, None)),
+        ((1 << 20) - 512, false, failed),
+        (0, false, failed),
+        (0, true, not_ready),
+    ] {
+        let device = Damaged {
+            from,
+            as_if_attaching,
+        };
+        let (_server, portal) = serve(Arc::new(device)).await;
+        let mut client = Client::login(portal, TARGET, 0).await;
+        assert_eq!(client.command(self_test, 0, None).await.0, answer, "{from}");
+    }
+}
+
+#[tokio::test]
+async fn a_read_that_fails_on_its_way_says_how_much_is_missing_of_what_was_asked_for() {
+    let device = Damaged {
+        from: 128 * 1024,
+        as_if_attaching: false,
+    };
+    let (_server, portal) = serve(Arc::new(device)).await;
+    let mut client = Client::login(portal, TARGET, 0).await;
+    // 256 KiB by the CDB; the initiator has room for 4096 bytes more, or for less.
+    for (expected_bytes, blocks) in [(256 * 1024, 2u8), (260 * 1024, 2), (192 * 1024, 2)] {
+        let mut cdb = [0; 16];
+        (cdb[0], cdb[7]) = (0x28, blocks);
+        let command = ScsiCommand {
+            immediate: false,
+            final_: true,
+            read: true,
+            write: false,
+            attribute: TaskAttribute::Simple,
+            lun: LunField(0),
+            itt: expected_bytes,
+            expected_bytes,
+            cmd_sn: client.cmd_sn,
+            exp_stat_sn: 0,
+            cdb,
+        };
+        client.cmd_sn = client.cmd_sn.wrapping_add(1);
+        client.send(&command.into(), &[]).await;
+        let mut came = 0;
+        let response = loop {
+            match client.receive().await {
+                (Pdu::DataIn(header), data) => {
+                    assert_eq!((header.status, header.buffer_offset), (None, came));
+                    came += data.len() as u32;
+                }
+                (Pdu::ScsiResponse(response), _) => break response,
+                (other, _) => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((came, response.status), (128 * 1024, status::CHECK_CONDITION));
+        assert_eq!(response.residual, Residual::Under(expected_bytes - came));
+    }
 }

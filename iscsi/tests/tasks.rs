@@ -315,9 +315,32 @@ async fn an_abort_is_answered_when_the_device_is_done_with_the_write_and_the_wri
 }
 
 #[tokio::test]
-async fn clearing_and_resetting_end_the_tasks_of_all_sessions_and_tell_them() {
+async fn clearing_the_task_set_ends_the_tasks_of_its_own_session_only() {
+    for function in [TaskFunction::ClearTaskSet, TaskFunction::AbortTaskSet] {
+        let device = Slow::new();
+        let (_server, portal) = serve(device.clone()).await;
+        let mut one = Client::login(portal, TARGET, 1).await;
+        let mut two = Client::login(portal, TARGET, 2).await;
+        read(&mut one, 1, TaskAttribute::Simple).await;
+        device.until_begun(1).await;
+        read(&mut two, 2, TaskAttribute::Simple).await;
+        read(&mut two, 3, TaskAttribute::Ordered).await;
+        device.until_begun(2).await;
+        manage(&mut two, function, NO_TAG).await;
+        complete(&mut two).await;
+        for block in 1..=3 {
+            device.end(block);
+        }
+        // None of its own is answered; the other's is, and nobody is told anything: SPC-4 has a task set for each nexus.
+        assert_eq!(ready(&mut two).await, (status::GOOD, None), "{function:?}");
+        assert_eq!(ended(&mut one).await, (1, status::GOOD), "{function:?}");
+        assert_eq!(ready(&mut one).await, (status::GOOD, None), "{function:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_ends_the_tasks_of_all_sessions_and_tells_them() {
     for (function, told) in [
-        (TaskFunction::ClearTaskSet, Sense::COMMANDS_CLEARED),
         (TaskFunction::LogicalUnitReset, Sense::BUS_DEVICE_RESET),
         (TaskFunction::TargetWarmReset, Sense::BUS_DEVICE_RESET),
     ] {
@@ -336,5 +359,84 @@ async fn clearing_and_resetting_end_the_tasks_of_all_sessions_and_tell_them() {
         );
         device.end(1);
         assert_eq!(ready(&mut one).await, (status::GOOD, None), "{function:?}");
+    }
+}
+
+/// READ (10) of half a mebibyte from a block on, by a tag of its own.
+async fn read_much(client: &mut Client, itt: u32, block: u8) {
+    let mut pdu = command(client, block, TaskAttribute::Simple, 0x28, 0);
+    (pdu.itt, pdu.expected_bytes, pdu.cdb[7]) = (itt, 512 * 1024, 4);
+    client.send(&pdu.into(), &[]).await;
+}
+
+#[tokio::test]
+async fn who_asks_for_more_than_a_stuck_device_gives_is_still_heard() {
+    let device = Slow::new();
+    let (_server, portal) = serve(device.clone()).await;
+    let mut client = Client::login(portal, TARGET, 0).await;
+    // More than may be read from devices at once: 8 MiB in pieces of 128 KiB.
+    for itt in 0..80 {
+        read_much(&mut client, itt, 1 + (itt % 2) as u8).await;
+    }
+    device.until_begun(64).await;
+    let ping = NopOut {
+        immediate: true,
+        lun: LunField(0),
+        itt: 2000,
+        ttt: NO_TAG,
+        cmd_sn: client.cmd_sn,
+        exp_stat_sn: 0,
+    };
+    client.send(&ping.into(), b"are you there?").await;
+    let (pong, data) = client.receive().await;
+    assert!(matches!(pong, Pdu::NopIn(pong) if pong.itt == 2000), "{pong:?}");
+    assert_eq!(data, b"are you there?");
+    // One that waits for its turn, and one that the device has.
+    for referenced in [79, 0] {
+        manage(&mut client, TaskFunction::AbortTask, referenced).await;
+        complete(&mut client).await;
+    }
+    // A piece has 128 KiB, so each read touches these blocks.
+    for piece in 0..4 {
+        for block in [1, 2] {
+            device.end(block + 256 * piece);
+        }
+    }
+    let mut answered = BTreeSet::new();
+    while answered.len() < 78 {
+        match client.receive().await.0 {
+            Pdu::DataIn(data) if data.status.is_some() => assert!(answered.insert(data.itt)),
+            Pdu::DataIn(data) => assert!((1..79).contains(&data.itt), "{data:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(answered, (1..79).collect());
+    assert_eq!(ready(&mut client).await, (status::GOOD, None));
+}
+
+#[tokio::test]
+async fn a_long_read_whose_data_are_on_their_way_is_aborted_too() {
+    for function in [TaskFunction::AbortTask, TaskFunction::AbortTaskSet] {
+        // The device answers at once, so the read waits for nothing but the socket.
+        let (_server, portal) = serve(Arc::new(support::Memory::new(8 << 20, false))).await;
+        let mut client = Client::login(portal, TARGET, 0).await;
+        let mut pdu = command(&mut client, 0, TaskAttribute::Simple, 0x28, 0);
+        (pdu.itt, pdu.expected_bytes, pdu.cdb[7]) = (7, 8 << 20, 0x40);
+        client.send(&pdu.into(), &[]).await;
+        manage(&mut client, function, 7).await;
+        let mut came = 0;
+        let answer = loop {
+            match client.receive().await {
+                (Pdu::DataIn(header), data) => {
+                    assert_eq!(header.status, None, "the read was not aborted");
+                    came += data.len();
+                }
+                (Pdu::TaskManagementResponse(answer), _) => break answer.response,
+                (other, _) => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(answer, task_response::COMPLETE, "after {came} bytes");
+        // None of its data comes after the answer.
+        assert_eq!(ready(&mut client).await, (status::GOOD, None), "{function:?}");
     }
 }

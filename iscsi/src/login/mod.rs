@@ -19,6 +19,7 @@ pub use chap::{
 };
 pub use initiator::{InitiatorLogin, InitiatorOptions, LoginError, Progress};
 pub use negotiation::{DigestTerms, Negotiation, NegotiationError, Parameters, Role, Terms};
+pub(crate) use negotiation::{is_of_the_login, max_recv_bytes};
 pub use target::{Directory, Refusal, Reply, TargetLogin, Then};
 pub use text::{MAX_KEY_BYTES, MAX_VALUE_BYTES, PeerText, TextError, append_key, is_address, parse_keys};
 

@@ -280,7 +280,7 @@ impl Negotiation {
                 text.to_owned()
             }
             "MaxRecvDataSegmentLength" => {
-                p.peer_max_recv_bytes = number(512, 0x00ff_ffff)?;
+                p.peer_max_recv_bytes = max_recv_bytes(value)?;
                 return Ok(None);
             }
             "MaxBurstLength" => {
@@ -359,6 +359,30 @@ fn is_of_normal_sessions(key: &str) -> bool {
             | "DataPDUInOrder"
             | "DataSequenceInOrder"
     )
+}
+
+/// Keys that are settled during the login and not later, where the rest of RFC 7143 §13 may come in a text request.
+pub(crate) fn is_of_the_login(key: &str) -> bool {
+    is_of_normal_sessions(key)
+        || matches!(
+            key,
+            "HeaderDigest"
+                | "DataDigest"
+                | "DefaultTime2Wait"
+                | "DefaultTime2Retain"
+                | "ErrorRecoveryLevel"
+                | "iSCSIProtocolLevel"
+                | "TaskReporting"
+                | "AuthMethod"
+                | "SessionType"
+                | "InitiatorName"
+                | "TargetName"
+        )
+}
+
+/// A value of MaxRecvDataSegmentLength, in bytes.
+pub(crate) fn max_recv_bytes(value: &str) -> Result<u32, NegotiationError> {
+    number("MaxRecvDataSegmentLength", value, 512, 0x00ff_ffff)
 }
 
 fn wrong(key: &str, value: &str) -> NegotiationError {

@@ -211,6 +211,78 @@ fn a_login_may_begin_in_the_operational_stage() {
     );
 }
 
+/// RFC 7143 §13, key by key: what is offered, what a target of default terms answers; `None`: nothing, it is a declaration.
+#[test]
+fn each_key_is_answered_by_its_rule() {
+    let answers = [
+        ("HeaderDigest", "CRC32C,None", Some("CRC32C")),
+        ("HeaderDigest", "None,CRC32C", Some("None")),
+        ("DataDigest", "X-other,None", Some("None")),
+        ("MaxConnections", "8", Some("1")),
+        ("ErrorRecoveryLevel", "2", Some("0")),
+        ("InitialR2T", "Yes", Some("Yes")),
+        ("InitialR2T", "No", Some("No")),
+        ("ImmediateData", "Yes", Some("Yes")),
+        ("ImmediateData", "No", Some("No")),
+        ("MaxBurstLength", "16776192", Some("1048576")),
+        ("MaxBurstLength", "0x2000", Some("8192")),
+        ("FirstBurstLength", "65536", Some("65536")),
+        ("FirstBurstLength", "16776192", Some("262144")),
+        ("MaxOutstandingR2T", "65535", Some("8")),
+        ("MaxOutstandingR2T", "1", Some("1")),
+        ("DefaultTime2Wait", "0", Some("2")),
+        ("DefaultTime2Wait", "5", Some("5")),
+        ("DefaultTime2Retain", "20", Some("0")),
+        ("DataPDUInOrder", "No", Some("Yes")),
+        ("DataSequenceInOrder", "No", Some("Yes")),
+        ("iSCSIProtocolLevel", "2", Some("1")),
+        (
+            "TaskReporting",
+            "FastAbort,ResponseFence,RFC3720",
+            Some("RFC3720"),
+        ),
+        ("TaskReporting", "FastAbort", Some("Reject")),
+        ("OFMarker", "Yes", Some("No")),
+        ("IFMarkInt", "1~65535", Some("Irrelevant")),
+        ("X-org.example.key", "1", Some("NotUnderstood")),
+        ("MaxRecvDataSegmentLength", "512", None),
+        ("InitiatorAlias", "a disk's friend", None),
+    ];
+    for (key, value, answer) in answers {
+        let mut keys = normal();
+        append_key(&mut keys, key, value);
+        let reply = TargetLogin::new(Terms::default()).take(&first_request(), &keys, &Open);
+        assert_eq!(reply.response.status_class, 0, "{key}={value}: {reply:?}");
+        let all = parse_keys(&reply.text).unwrap();
+        // The target declares its own MaxRecvDataSegmentLength in any case.
+        let of_key = all.iter().filter(|(name, value)| {
+            *name == key && (key != "MaxRecvDataSegmentLength" || *value != "262144")
+        });
+        let values: Vec<_> = of_key.map(|(_, value)| *value).collect();
+        assert_eq!(values, answer.into_iter().collect::<Vec<_>>(), "{key}={value}");
+    }
+    // Outside of what the standard allows, or twice: initiator error.
+    for wrong in [
+        &[("MaxBurstLength", "511")][..],
+        &[("MaxBurstLength", "16777216")],
+        &[("FirstBurstLength", "-1")],
+        &[("MaxRecvDataSegmentLength", "0")],
+        &[("MaxConnections", "0")],
+        &[("MaxOutstandingR2T", "65536")],
+        &[("ErrorRecoveryLevel", "3")],
+        &[("DefaultTime2Wait", "3601")],
+        &[("DefaultTime2Retain", "yes")],
+        &[("InitialR2T", "yes")],
+        &[("ImmediateData", "1")],
+        &[("HeaderDigest", "CRC64")],
+        &[("iSCSIProtocolLevel", "32")],
+        &[("InitialR2T", "Yes"), ("InitialR2T", "Yes")],
+    ] {
+        let keys = [normal(), text(wrong)].concat();
+        assert_eq!(status_of(&first_request(), &keys), (2, 0), "{wrong:?}");
+    }
+}
+
 #[test]
 fn each_wrong_login_gets_the_status_of_the_standard() {
     let first = first_request();

@@ -36,6 +36,8 @@ pub enum Action {
         /// Length in bytes.
         bytes: u64,
     },
+    /// Look whether the device can be read.
+    SelfTest,
     /// Give the range back, so that it reads as zeroes.
     Discard {
         /// First byte.

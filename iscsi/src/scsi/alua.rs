@@ -113,8 +113,10 @@ impl AccessState {
             | Command::ReadCapacity16 { .. }
             | Command::ModeSense { .. }
             | Command::PersistentReserveIn { .. } => true,
-            // A path in standby must be able to fence the others before it takes over.
-            Command::PersistentReserveOut { .. } | Command::ModeSelect { .. } => self == Self::Standby,
+            // A path in standby must be able to fence the others before it takes over, and SPC-4 has it answer a self-test.
+            Command::PersistentReserveOut { .. }
+            | Command::ModeSelect { .. }
+            | Command::SendDiagnostic { .. } => self == Self::Standby,
             _ => false,
         };
         (!allowed).then_some(sense)

@@ -137,6 +137,11 @@ pub enum Command {
         load_eject: bool,
         power: u8,
     },
+    SendDiagnostic {
+        self_test: bool,
+        self_test_code: u8,
+        parameters: u32,
+    },
 }
 
 fn u16_at(cdb: &[u8; 16], at: usize) -> u32 {
@@ -242,6 +247,12 @@ impl Command {
                 start: flag(4, 0),
                 load_eject: flag(4, 1),
                 power: cdb[4] >> 4,
+            },
+            // DEVOFFL and UNITOFFL permit what our self-test does not do.
+            0x1d => Self::SendDiagnostic {
+                self_test: flag(1, 2),
+                self_test_code: cdb[1] >> 5,
+                parameters: u16_at(cdb, 3),
             },
             0x25 => Self::ReadCapacity10,
             0x28 | 0x88 | 0xa8 => {

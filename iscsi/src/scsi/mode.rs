@@ -66,6 +66,7 @@ impl Modes {
                 if changeable {
                     page[4] = 0x08;
                 } else {
+                    page[2] = 0x20; // TST 1: a task set of its own for each I_T nexus
                     page[3] = 0x10; // QUEUE ALGORITHM MODIFIER 1: unrestricted reordering
                     page[4] = if modes.write_protect { 0x08 } else { 0 };
                     (page[8], page[9]) = (0xff, 0xff); // BUSY TIMEOUT: unlimited

@@ -68,6 +68,8 @@ senses! {
     READ_ERROR = 3, 0x1100;
     /// MEDIUM ERROR: write error.
     WRITE_ERROR = 3, 0x0c00;
+    /// HARDWARE ERROR: logical unit failed self-test.
+    FAILED_SELF_TEST = 4, 0x3e03;
     /// HARDWARE ERROR: internal target failure.
     INTERNAL = 4, 0x4400;
     /// ILLEGAL REQUEST: parameter list length error.
@@ -104,8 +106,6 @@ senses! {
     REGISTRATIONS_PREEMPTED = 6, 0x2a05;
     /// UNIT ATTENTION: asymmetric access state changed.
     ACCESS_STATE_CHANGED = 6, 0x2a06;
-    /// UNIT ATTENTION: commands cleared by another initiator.
-    COMMANDS_CLEARED = 6, 0x2f00;
     /// DATA PROTECT: write protected.
     WRITE_PROTECTED = 7, 0x2700;
     /// DATA PROTECT: space allocation failed, write protect.

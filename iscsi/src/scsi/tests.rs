@@ -119,7 +119,6 @@ fn what_is_not_done_is_refused_with_the_sense_that_the_docs_list() {
         opcode(0x04, 0x00), // FORMAT UNIT
         opcode(0x07, 0x00), // REASSIGN BLOCKS
         opcode(0x1c, 0x00), // RECEIVE DIAGNOSTIC RESULTS
-        opcode(0x1d, 0x04), // SEND DIAGNOSTIC
         opcode(0x1e, 0x00), // PREVENT ALLOW MEDIUM REMOVAL
         opcode(0x3b, 0x00), // WRITE BUFFER
         opcode(0x3c, 0x00), // READ BUFFER
@@ -139,6 +138,85 @@ fn what_is_not_done_is_refused_with_the_sense_that_the_docs_list() {
     ] {
         assert_eq!(plan(&unit, &nexus, &cdb), Action::Check(sense), "{cdb:02x?}");
     }
+}
+
+#[test]
+fn the_default_self_test_is_the_only_diagnostic_and_every_unit_has_it() {
+    for (read_only, thin) in [(false, true), (false, false), (true, true), (true, false)] {
+        let unit = unit(read_only, thin);
+        let nexus = ready(&unit, 1);
+        for (cdb, action) in [
+            ([0x1d, 0x04, 0, 0, 0, 0], Action::SelfTest),
+            // DEVOFFL and UNITOFFL only permit.
+            ([0x1d, 0x07, 0, 0, 0, 0], Action::SelfTest),
+            // Neither a test nor a parameter: nothing is asked for.
+            ([0x1d, 0x00, 0, 0, 0, 0], Action::Good),
+            // A background short self-test; and with SELFTEST beside it.
+            (
+                [0x1d, 0x20, 0, 0, 0, 0],
+                Action::Check(Sense::cdb_field(1, Some(7))),
+            ),
+            (
+                [0x1d, 0x24, 0, 0, 0, 0],
+                Action::Check(Sense::cdb_field(1, Some(7))),
+            ),
+            // A parameter list; PF, for pages of it; the reserved bit; NACA.
+            (
+                [0x1d, 0x04, 0, 0, 4, 0],
+                Action::Check(Sense::cdb_field(3, Some(7))),
+            ),
+            (
+                [0x1d, 0x00, 0, 1, 0, 0],
+                Action::Check(Sense::cdb_field(3, Some(7))),
+            ),
+            (
+                [0x1d, 0x10, 0, 0, 0, 0],
+                Action::Check(Sense::cdb_field(1, Some(4))),
+            ),
+            (
+                [0x1d, 0x0c, 0, 0, 0, 0],
+                Action::Check(Sense::cdb_field(1, Some(3))),
+            ),
+            (
+                [0x1d, 0x04, 1, 0, 0, 0],
+                Action::Check(Sense::cdb_field(2, Some(0))),
+            ),
+            (
+                [0x1d, 0x04, 0, 0, 0, 4],
+                Action::Check(Sense::cdb_field(5, Some(2))),
+            ),
+        ] {
+            assert_eq!(plan(&unit, &nexus, &cdb), action, "{cdb:02x?}");
+        }
+        // REPORT SUPPORTED OPERATION CODES of this one.
+        let report = [0xa3, 0x0c, 1, 0x1d, 0, 0, 0, 0, 0, 255, 0, 0];
+        let listed = vec![0, 3, 0, 6, 0x1d, 0xe7, 0, 0xff, 0xff, 0];
+        assert_eq!(plan(&unit, &nexus, &report), Action::Data(listed));
+    }
+}
+
+#[test]
+fn the_control_page_says_that_each_session_has_a_task_set_of_its_own() {
+    let unit = unit(false, true);
+    let nexus = ready(&unit, 1);
+    let page = |control: u8| match plan(&unit, &nexus, &[0x1a, 0x08, control << 6 | 0x0a, 0, 255, 0]) {
+        Action::Data(modes) => modes[4..].to_vec(),
+        other => panic!("{other:?}"),
+    };
+    for control in [0, 2] {
+        // TST 1; unrestricted reordering, QERR 0; TAS 0; BUSY TIMEOUT without limit.
+        let expected = [0x0a, 10, 0x20, 0x10, 0, 0, 0, 0, 0xff, 0xff, 0, 0];
+        assert_eq!(page(control), expected, "PC {control}");
+    }
+    assert_eq!(page(1), [0x0a, 10, 0, 0, 0x08, 0, 0, 0, 0, 0, 0, 0]);
+    // TST cannot be changed.
+    let mut list = vec![0; 4];
+    list.extend(page(0));
+    list[4 + 2] = 0;
+    assert_eq!(
+        unit.mode_select(&nexus, false, &list),
+        Err(Sense::parameter_field(6))
+    );
 }
 
 #[test]

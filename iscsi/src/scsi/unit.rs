@@ -179,11 +179,6 @@ impl LogicalUnit {
         self.guard(&state);
     }
 
-    /// All but `nexus` are told that their commands were cleared.
-    pub fn commands_cleared(&self, nexus: &Nexus) {
-        self.tell_all_but(&mut self.state.lock(), nexus, Sense::COMMANDS_CLEARED);
-    }
-
     fn tell_all_but(&self, state: &mut State, nexus: &Nexus, sense: Sense) {
         for attached in state.attached.values_mut().filter(|a| a.nexus.id != nexus.id) {
             tell(attached, sense);
@@ -376,6 +371,11 @@ impl LogicalUnit {
                     allocation,
                 )
             }
+            Command::SendDiagnostic {
+                self_test,
+                self_test_code,
+                parameters,
+            } => send_diagnostic(self_test, self_test_code, parameters)?,
             Command::Reserve => self.reserve(nexus),
             Command::Release => self.release(nexus),
             Command::PersistentReserveIn { action, allocation } => {
@@ -476,6 +476,17 @@ fn sense_data(sense: Sense, descriptor: bool, allocation: u32) -> Action {
         sense.fixed().to_vec()
     };
     data(out, allocation)
+}
+
+/// SEND DIAGNOSTIC (SPC-4 §6.42): the default self-test, and nothing else. Without a test and without parameters it asks for
+/// nothing, which is no error.
+fn send_diagnostic(self_test: bool, self_test_code: u8, parameters: u32) -> Result<Action, Sense> {
+    match (self_test_code, parameters, self_test) {
+        (1.., _, _) => Err(Sense::cdb_field(1, Some(7))),
+        (0, 1.., _) => Err(Sense::cdb_field(3, Some(7))),
+        (0, 0, true) => Ok(Action::SelfTest),
+        (0, 0, false) => Ok(Action::Good),
+    }
 }
 
 /// READ DEFECT DATA (SBC-3 §5.18, §5.19): lists without an entry, in the format that was asked for. Defects of the disks below

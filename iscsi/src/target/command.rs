@@ -246,6 +246,11 @@ impl Connection {
                     return self.respond(itt, status::GOOD, None, left, 0);
                 }
                 if !self.is_even(place, total) {
+                    if !self.has_room() {
+                        // It would be held in memory as a whole; who splits blocks is rare, and comes again.
+                        self.over(counted);
+                        return self.respond(itt, status::TASK_SET_FULL, None, residual(expected, 0), 0);
+                    }
                     return self.start(itt, place, action, expected, counted, cx);
                 }
                 let serial = self.new_serial();
@@ -261,7 +266,11 @@ impl Connection {
                     counted,
                     listed: false,
                 };
-                self.read_on(read, cx);
+                if self.stalled.is_empty() {
+                    self.read_on(read, cx);
+                } else {
+                    self.stall(read);
+                }
             }
             Action::Good => {
                 self.over(counted);
@@ -285,7 +294,11 @@ impl Connection {
                 self.over(counted);
                 self.respond(itt, status::GOOD, None, residual(expected, bytes), 0);
             }
-            Action::Flush | Action::Verify { .. } | Action::Discard { .. } | Action::LbaStatus { .. } => {
+            Action::Flush
+            | Action::Verify { .. }
+            | Action::SelfTest
+            | Action::Discard { .. }
+            | Action::LbaStatus { .. } => {
                 self.start(itt, place, action, expected, counted, cx);
             }
         }
@@ -357,6 +370,7 @@ impl Connection {
             Action::Verify { offset, bytes } => {
                 (TaskKind::Reading, Box::pin(execute::verify(unit, offset, bytes)))
             }
+            Action::SelfTest => (TaskKind::Reading, Box::pin(execute::self_test(unit))),
             Action::Discard { offset, bytes } => {
                 self.changing.insert(serial, lun);
                 (

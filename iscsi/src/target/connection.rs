@@ -23,7 +23,7 @@ use crate::pdu::{FrameError, Framing, NO_TAG, NopIn, Pdu, PduError, Reject, Spli
 use crate::scsi::{Nexus, Sense};
 use crate::session::{Transfer, TransferLimits, Window};
 
-/// Replies that wait for the socket, in bytes; beyond it no command is begun and no piece is read. The kernel's send
+/// Replies that wait for the socket, in bytes; beyond it nothing is received and no piece is read. The kernel's send
 /// buffer keeps the link busy; more here would only leave the processor's cache before it is sent.
 const OUTPUT_LIMIT: usize = 256 * 1024;
 /// Data of reads in progress on devices, in bytes.
@@ -291,11 +291,7 @@ impl Connection {
             },
             sending: framing(p.peer_max_recv_bytes),
             receiving: framing(p.max_recv_bytes),
-            // Whole pages, so that no piece splits one.
-            piece_bytes: match (p.peer_max_recv_bytes as usize).min(PIECE_BYTES) {
-                bytes if bytes >= 4096 => bytes / 4096 * 4096,
-                bytes => bytes,
-            },
+            piece_bytes: piece_bytes(p.peer_max_recv_bytes),
             socket: ready.socket,
             input: ready.input,
             output,
@@ -369,7 +365,7 @@ impl Connection {
                 if self.output.bytes() == 0 || matches!(end, End::Ordered(_)) {
                     return Poll::Ready(Ok(self.end.take().unwrap_or(End::Eof)));
                 }
-            } else if self.has_room() {
+            } else if self.may_answer() {
                 match self.input.poll_fill(&mut self.socket, cx)? {
                     Poll::Ready(0) => return Poll::Ready(Ok(End::Eof)),
                     Poll::Ready(bytes) => {
@@ -403,13 +399,19 @@ impl Connection {
         }
     }
 
-    /// May a command be begun?
+    /// May a piece of a read be begun?
     pub(super) fn has_room(&self) -> bool {
-        self.output.bytes() < OUTPUT_LIMIT && self.reading_bytes < READING_LIMIT
+        self.may_answer() && self.reading_bytes < READING_LIMIT
+    }
+
+    /// May a PDU be taken? Not only while a device is slow: pings and task management must be heard then, and reads wait in
+    /// [`Self::stalled`]; the window bounds how many.
+    fn may_answer(&self) -> bool {
+        self.output.bytes() < OUTPUT_LIMIT
     }
 
     fn parse(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
-        while self.end.is_none() && self.has_room() {
+        while self.end.is_none() && self.may_answer() {
             // The input is lent out while its PDU is looked at: what a PDU does never touches the input.
             let mut input = std::mem::replace(&mut self.input, Input::new());
             let result = match self.receiving.split(input.unparsed()) {
@@ -511,6 +513,14 @@ impl Connection {
             data_sn: 0,
         };
         self.send(&Pdu::Reject(reject), bhs);
+    }
+}
+
+/// The piece of a read for who takes so many bytes at once: whole pages, so that no piece splits one.
+pub(super) fn piece_bytes(peer_max_recv_bytes: u32) -> usize {
+    match (peer_max_recv_bytes as usize).min(PIECE_BYTES) {
+        bytes if bytes >= 4096 => bytes / 4096 * 4096,
+        bytes => bytes,
     }
 }
 

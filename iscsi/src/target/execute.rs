@@ -112,6 +112,23 @@ pub(super) async fn verify(unit: Arc<Unit>, offset: u64, bytes: u64) -> Outcome 
     Outcome::Good
 }
 
+/// The default self-test: the first and the last block can be read. More is known of a device only when it is used.
+pub(super) async fn self_test(unit: Arc<Unit>) -> Outcome {
+    let geometry = *unit.logical.geometry();
+    let block = u64::from(geometry.block_bytes);
+    let mut buffer = vec![0; geometry.block_bytes as usize];
+    for offset in [0, geometry.bytes.saturating_sub(block)] {
+        if let Err(error) = unit.device.read(offset, &mut buffer).await {
+            return Outcome::Check(match unit.failed(&error, false) {
+                // It waits for its data; nothing has failed.
+                Sense::BECOMING_READY => Sense::BECOMING_READY,
+                _ => Sense::FAILED_SELF_TEST,
+            });
+        }
+    }
+    Outcome::Good
+}
+
 pub(super) async fn discard(unit: Arc<Unit>, offset: u64, bytes: u64) -> Outcome {
     let _shared = unit.atomic.read().await;
     zero(&unit, offset, bytes).await.into()

@@ -1,8 +1,10 @@
 //! What is no SCSI command: pings, task management, text requests, logout.
 
-use super::connection::{Abortion, Connection, End, Task, TaskKind};
+use super::connection::{Abortion, Connection, End, Task, TaskKind, piece_bytes};
 use super::registry::Order;
-use crate::login::{MAX_REQUEST_TEXT_BYTES, PORTAL_GROUP_TAG, append_key, parse_keys};
+use crate::login::{
+    MAX_REQUEST_TEXT_BYTES, PORTAL_GROUP_TAG, append_key, is_of_the_login, max_recv_bytes, parse_keys,
+};
 use crate::pdu::{
     Bhs, LogoutRequest, LogoutResponse, NO_TAG, NopIn, NopOut, Pdu, TaskFunction, TaskManagementRequest,
     TextRequest, TextResponse, reject_reason, task_response,
@@ -75,10 +77,9 @@ impl Connection {
                     }
                 }
             }
-            TaskFunction::AbortTaskSet => self.abort_where(|task| task.lun == lun),
-            TaskFunction::ClearTaskSet => {
-                unit.logical.commands_cleared(&self.nexuses[place]);
-                self.order_others(&Order::Abort(lun));
+            // Each session has a task set of its own (TST 1 in the control mode page), so both mean the same tasks (RFC 7143
+            // §11.5.1), and nobody else has anything to be told.
+            TaskFunction::AbortTaskSet | TaskFunction::ClearTaskSet => {
                 self.abort_where(|task| task.lun == lun)
             }
             TaskFunction::LogicalUnitReset => {
@@ -246,10 +247,32 @@ impl Connection {
         for (key, value) in keys {
             match key {
                 "SendTargets" => self.send_targets(value, &mut out),
+                "MaxRecvDataSegmentLength" => match max_recv_bytes(value) {
+                    Ok(bytes) if self.send_at_most(bytes) => {}
+                    Ok(_) => return self.reject(reject_reason::OUT_OF_RESOURCES, bhs),
+                    Err(_) => append_key(&mut out, key, "Reject"),
+                },
+                // A declaration that needs no answer.
+                "InitiatorAlias" => {}
+                _ if is_of_the_login(key) => append_key(&mut out, key, "Reject"),
                 _ => append_key(&mut out, key, "NotUnderstood"),
             }
         }
         self.text_answer(request, out);
+    }
+
+    /// The initiator takes data segments of so many bytes from now on (RFC 7143 §13.12). `false`: not while what is longer is on
+    /// its way.
+    fn send_at_most(&mut self, bytes: u32) -> bool {
+        let busy = !self.running.is_empty() || !self.stalled.is_empty() || !self.tasks.is_empty();
+        if busy {
+            // Less than it takes is never wrong.
+            return bytes >= self.parameters.peer_max_recv_bytes;
+        }
+        self.parameters.peer_max_recv_bytes = bytes;
+        self.sending.max_data_bytes = bytes;
+        self.piece_bytes = piece_bytes(bytes);
+        true
     }
 
     /// Answers with as much as fits; the initiator asks for the rest.
@@ -278,9 +301,12 @@ impl Connection {
         self.send(&Pdu::TextResponse(response), text);
     }
 
-    /// SendTargets (RFC 7143 appendix C): `All` in a discovery session; otherwise the session's own target. Only what
-    /// the initiator may use is listed.
+    /// SendTargets (RFC 7143 appendix C): `All` in a discovery session, nothing in another one (that means the session's own
+    /// target), a name in both. Only what the initiator may use is listed.
     fn send_targets(&self, value: &str, out: &mut Vec<u8>) {
+        if matches!((&self.target, value), (Some(_), "All") | (None, "")) {
+            return append_key(out, "SendTargets", "Reject");
+        }
         let mut targets: Vec<_> = match (&self.target, value) {
             (None, "All") => self.shared.targets.lock().values().cloned().collect(),
             (Some(own), "") => vec![own.clone()],

@@ -29,7 +29,7 @@ use std::time::Duration;
 use treeboot_block::BlockDevice;
 use treeboot_types::Iqn;
 
-use crate::login::{Chap, Security, Terms};
+use crate::login::{Chap, PeerText, Security, Terms};
 use crate::scsi::AccessState;
 use crate::scsi::alua::{FIRST_PORT_GROUP, PortGroup};
 use crate::scsi::kept::KeptError;
@@ -215,6 +215,14 @@ pub enum AddTargetError {
         /// What is wrong.
         #[source]
         source: KeptError,
+    },
+    /// Nowhere to send its initiators.
+    #[error("'{address}' is no address to send the initiators of '{target}' to")]
+    Address {
+        /// The target.
+        target: Iqn,
+        /// What was given.
+        address: PeerText,
     },
     /// The server stops.
     #[error("the server is shutting down, so '{0}' cannot be added")]

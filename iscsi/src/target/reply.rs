@@ -153,8 +153,7 @@ impl Connection {
     pub(super) fn read_on(&mut self, mut read: ReadTask, cx: &mut Context<'_>) {
         loop {
             if !self.has_room() {
-                self.stalled.push_back(read);
-                return;
+                return self.stall(read);
             }
             let Some(unit) = self.unit(read.unit).cloned() else {
                 return;
@@ -170,10 +169,7 @@ impl Connection {
                     None => return,
                 },
                 std::task::Poll::Pending => {
-                    if !read.listed {
-                        read.listed = true;
-                        self.list(read.itt, read.serial, read.unit, read.counted, TaskKind::Reading);
-                    }
+                    self.enlist(&mut read);
                     self.reading_bytes += bytes as usize;
                     self.running.push(Box::pin(async move {
                         let (block, result) = work.await;
@@ -182,6 +178,19 @@ impl Connection {
                     return;
                 }
             }
+        }
+    }
+
+    /// Has a read wait for room. It is a task as any other meanwhile: who aborts it must meet it.
+    pub(super) fn stall(&mut self, mut read: ReadTask) {
+        self.enlist(&mut read);
+        self.stalled.push_back(read);
+    }
+
+    fn enlist(&mut self, read: &mut ReadTask) {
+        if !read.listed {
+            read.listed = true;
+            self.list(read.itt, read.serial, read.unit, read.counted, TaskKind::Reading);
         }
     }
 
@@ -198,7 +207,11 @@ impl Connection {
             self.unlist(&read);
             self.over(read.counted);
             // What was sent before is data of a command that failed.
-            let residual = residual(read.total, read.sent.into());
+            let expected = match read.residual {
+                Residual::Under(bytes) => read.total.saturating_add(bytes),
+                Residual::None | Residual::Over(_) => read.total,
+            };
+            let residual = residual(expected, read.sent.into());
             self.respond(
                 read.itt,
                 status::CHECK_CONDITION,

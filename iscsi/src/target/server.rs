@@ -19,7 +19,7 @@ use super::login::{LoginFailure, login};
 use super::registry::{Order, SessionHandle, Shared, Target, Unit};
 use super::wire::Wire;
 use super::{Access, AddTargetError, BindError, ServerConfig, TargetOptions, TargetSpec, TargetStats};
-use crate::login::Refusal;
+use crate::login::{Refusal, is_address};
 use crate::scsi::{AccessState, Identity, LogicalUnit};
 
 /// Connections that the kernel keeps until they are accepted.
@@ -122,8 +122,35 @@ impl Server {
     /// # Errors
     /// [`AddTargetError`] says what is wrong with it.
     pub fn add_target_with(&self, spec: TargetSpec, options: TargetOptions) -> Result<(), AddTargetError> {
-        let name = spec.name.clone();
-        let target = Arc::new(target(spec, options)?);
+        self.insert(target(spec, options)?)
+    }
+
+    /// Sends the initiators of a target that is not served here elsewhere, as [`redirect`](Self::redirect) does, until
+    /// [`remove_target`](Self::remove_target). Discovery lists it with the portals of here.
+    ///
+    /// # Errors
+    /// [`AddTargetError`]: the name is taken, the address is none, or the server stops.
+    pub fn add_moved_target(
+        &self,
+        name: Iqn,
+        address: &str,
+        permanently: bool,
+        access: Access,
+    ) -> Result<(), AddTargetError> {
+        if !is_address(address) {
+            let address = address.into();
+            return Err(AddTargetError::Address {
+                target: name,
+                address,
+            });
+        }
+        let target = Target::new(name, Vec::new(), access);
+        *target.moved.lock() = Some((address.to_owned(), permanently));
+        self.insert(target)
+    }
+
+    fn insert(&self, target: Target) -> Result<(), AddTargetError> {
+        let name = target.name.clone();
         let mut targets = self.shared.targets.lock();
         if self.shared.stopping.load(Ordering::Acquire) {
             return Err(AddTargetError::Stopping(name));
@@ -131,7 +158,7 @@ impl Server {
         if targets.contains_key(&name) {
             return Err(AddTargetError::Exists(name));
         }
-        targets.insert(name.clone(), target);
+        targets.insert(name.clone(), Arc::new(target));
         drop(targets);
         self.shared.changed.notify_waiters();
         tracing::info!(target = %name, "target added");
@@ -171,7 +198,11 @@ impl Server {
     /// is `host[:port]`, an IPv6 address in brackets. Sessions stay; [`close_sessions`](Self::close_sessions) makes
     /// their initiators log in again. Only initiators that the target admits learn where to. `false`: no such target.
     pub fn redirect(&self, target: &Iqn, address: Option<&str>, permanently: bool) -> bool {
-        let Some(target) = self.shared.target(target) else {
+        let Some(target) = self
+            .shared
+            .target(target)
+            .filter(|target| !target.units.is_empty())
+        else {
             return false;
         };
         *target.moved.lock() = address.map(|address| (address.to_owned(), permanently));

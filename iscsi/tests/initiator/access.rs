@@ -12,7 +12,7 @@ use treeboot_iscsi::initiator::{
 };
 use treeboot_iscsi::login::Terms;
 use treeboot_iscsi::scsi::AccessState;
-use treeboot_iscsi::target::{Access, Server, ServerConfig};
+use treeboot_iscsi::target::{Access, AddTargetError, Server, ServerConfig};
 use treeboot_types::Iqn;
 
 use crate::fake::{image, options, target};
@@ -232,6 +232,34 @@ async fn a_target_sends_initiators_elsewhere_and_a_circle_ends() {
         .await
         .expect_err("a stranger");
     assert!(matches!(error, ConnectError::Login { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_target_that_was_never_here_can_be_elsewhere() {
+    let ((a, _), (_b, at_b)) = (serve(), serve());
+    let gone = Iqn::new("iqn.2026-11.org.example:gone").unwrap();
+    let at = Server::bind(
+        &["127.0.0.1:0".parse().expect("an address")],
+        ServerConfig::default(),
+    )
+    .expect("a port");
+    at.add_moved_target(target(), &at_b.to_string(), true, Access::Anyone)
+        .expect("added");
+    let session = connect(at.local_addrs()[0]).await;
+    assert_eq!(session.peer(), at_b);
+    assert_eq!(read(&session).await.expect("a read"), image(0, 0, 4096));
+    // It has no units, so nobody can come back to it; its name is taken until it is removed.
+    assert!(!at.redirect(&target(), None, false));
+    let twice = at.add_moved_target(target(), "192.0.2.1", false, Access::Anyone);
+    assert_eq!(twice, Err(AddTargetError::Exists(target())));
+    let nowhere = a.add_moved_target(gone, "two words", false, Access::Anyone);
+    assert!(
+        matches!(nowhere, Err(AddTargetError::Address { .. })),
+        "{nowhere:?}"
+    );
+    assert!(at.remove_target(&target(), std::time::Duration::ZERO).await);
+    let error = Session::connect(options(&at.local_addrs()[0].to_string())).await;
+    assert!(matches!(error, Err(ConnectError::Login { .. })), "{error:?}");
 }
 
 #[tokio::test]

@@ -365,11 +365,16 @@ impl Client {
     }
 
     pub(crate) async fn discover(portal: SocketAddr) -> String {
-        let mut client = Self::negotiate(portal, None, 0, Terms::default())
-            .await
-            .expect("a login");
+        let mut client = Self::try_discovery(portal).await.expect("a login");
+        client.text(&[("SendTargets", "All")]).await
+    }
+
+    /// The answer to a text request.
+    pub(crate) async fn text(&mut self, keys: &[(&str, &str)]) -> String {
         let mut text = Vec::new();
-        append_key(&mut text, "SendTargets", "All");
+        for (key, value) in keys {
+            append_key(&mut text, key, value);
+        }
         let request = TextRequest {
             immediate: false,
             final_: true,
@@ -377,11 +382,12 @@ impl Client {
             lun: LunField(0),
             itt: 1,
             ttt: NO_TAG,
-            cmd_sn: client.cmd_sn,
+            cmd_sn: self.cmd_sn,
             exp_stat_sn: 0,
         };
-        client.send(&request.into(), &text).await;
-        let (Pdu::TextResponse(response), text) = client.receive().await else {
+        self.cmd_sn = self.cmd_sn.wrapping_add(1);
+        self.send(&request.into(), &text).await;
+        let (Pdu::TextResponse(response), text) = self.receive().await else {
             panic!("no text")
         };
         assert!(response.final_);
