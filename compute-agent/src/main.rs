@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 use treeboot_agent::daemon::{Daemon, Options};
+use treeboot_daemon::config::{self, ConfigCommand, ConfigFile, Read};
 
 /// Attaches images, caches them, gives VMs their disks, and serves other hosts.
 ///
@@ -19,16 +19,30 @@ use treeboot_agent::daemon::{Daemon, Options};
 struct Arguments {
     #[command(flatten)]
     options: Options,
+    #[command(flatten)]
+    file: ConfigFile,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// The configuration file
+    #[command(subcommand)]
+    Config(ConfigCommand),
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_env("TREEBOOT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
-    match run(&arguments.options) {
+    let Read { options, settings } = match config::parse::<Arguments>() {
+        Ok(read) => read,
+        Err(code) => return code,
+    };
+    if let Some(Command::Config(ConfigCommand::Check { json })) = options.command {
+        println!("{}", config::show(&settings, json));
+        return ExitCode::SUCCESS;
+    }
+    treeboot_daemon::log_to_stderr();
+    match run(&options.options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -43,7 +57,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
         let mut daemon = Daemon::start(options).await?;
-        notify_ready();
+        treeboot_daemon::notify_ready();
         tracing::info!(host = %options.name, rpc = %daemon.address(), portal = daemon.portal(), "ready");
         let failed = tokio::select! {
             _ = terminate.recv() => None,
@@ -57,21 +71,4 @@ fn run(options: &Options) -> anyhow::Result<()> {
             None => Ok(()),
         }
     })
-}
-
-/// Tells systemd, where it started us (sd_notify(3)). Nothing depends on it, so a failure is only logged.
-fn notify_ready() {
-    use std::os::linux::net::SocketAddrExt as _;
-    use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let address = match path.to_str().and_then(|path| path.strip_prefix('@')) {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
-    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        tracing::warn!(%error, "the service manager is not told");
-    }
 }

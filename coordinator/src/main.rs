@@ -2,14 +2,13 @@
 
 #![forbid(unsafe_code)]
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 use treeboot_coordinator::daemon::{Daemon, Options};
+use treeboot_daemon::config::{self, ConfigCommand, ConfigFile, Read, Setting};
 
 /// Keeps the attach tree of every image, and tells each host where to read.
 ///
@@ -19,20 +18,46 @@ use treeboot_coordinator::daemon::{Daemon, Options};
 struct Arguments {
     #[command(flatten)]
     options: Options,
+    #[command(flatten)]
+    file: ConfigFile,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// The configuration file
+    #[command(subcommand)]
+    Config(ConfigCommand),
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_env("TREEBOOT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-    match run(&arguments.options) {
+    let Read { options, settings } = match config::parse::<Arguments>() {
+        Ok(read) => read,
+        Err(code) => return code,
+    };
+    if let Some(Command::Config(ConfigCommand::Check { json })) = options.command {
+        return check(&options.options, &settings, json);
+    }
+    treeboot_daemon::log_to_stderr();
+    match run(&options.options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a start would say of its options, without one.
+fn check(options: &Options, settings: &[Setting], json: bool) -> ExitCode {
+    match options.settings() {
+        Ok(_) => {
+            println!("{}", config::show(settings, json));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }
@@ -44,7 +69,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
         let mut daemon = Daemon::start(options).await?;
-        notify_ready();
+        treeboot_daemon::notify_ready();
         tracing::info!(rpc = %daemon.address(), "ready");
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
@@ -55,21 +80,4 @@ fn run(options: &Options) -> anyhow::Result<()> {
         tracing::info!("stopped");
         Ok(())
     })
-}
-
-/// Tells systemd, where it started us (sd_notify(3)). Nothing depends on it, so a failure is only logged.
-fn notify_ready() {
-    use std::os::linux::net::SocketAddrExt;
-    use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let sent = match path.to_str().and_then(|p| p.strip_prefix('@')) {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    }
-    .and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        tracing::warn!("cannot tell the service manager: {error}");
-    }
 }

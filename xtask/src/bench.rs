@@ -29,6 +29,25 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Hosts on shaped links that read one image at the same moment: what each uploads, and how long it takes, by the shape of the
+    /// trees. Needs root
+    Links {
+        /// Hosts, besides the origin
+        #[arg(long, default_value_t = 8)]
+        hosts: u32,
+        /// The image, in MiB
+        #[arg(long, default_value_t = 256)]
+        mib: u32,
+        /// Speed of every link, in Mbit/s, in each direction
+        #[arg(long, default_value_t = 100)]
+        mbit: u32,
+        /// Rounds; each runs every policy once
+        #[arg(long, default_value_t = 1)]
+        rounds: u32,
+        /// Writes the figures to this file as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Our target and tgt with iscsi-perf as the client, in interleaved rounds: IOPS, MB/s, the server's processor time a read
     Target {
         /// Measured rounds; each runs every load against both targets
@@ -56,6 +75,13 @@ const TARGET_PACKAGES: &[&str] = &["iperf3", "libiscsi-bin", "tgt"];
 pub(crate) fn run(args: &Args) -> Result<()> {
     let (mut bench, json) = match &args.what {
         What::Boot { guest, rounds, json } => (boot(*guest, *rounds)?, json),
+        What::Links {
+            hosts,
+            mib,
+            mbit,
+            rounds,
+            json,
+        } => (links([*hosts, *mib, *mbit, *rounds])?, json),
         What::Target {
             rounds,
             seconds,
@@ -82,6 +108,17 @@ fn boot(guest: Kind, rounds: u32) -> Result<Command> {
         .arg(image)
         .args(["--rounds", &rounds.to_string()])
         .args(["--ready-line", demo::GUEST_READY]);
+    Ok(bench)
+}
+
+fn links(numbers: [u32; 4]) -> Result<Command> {
+    crate::apt::ensure_packages(&["iproute2"])?;
+    let programs = demo::build_release(&["--workspace", "--exclude", "xtask"])?;
+    let mut bench = Command::new(programs.join("treeboot-bench"));
+    bench.env(demo::BIN_DIR, &programs).arg("links");
+    for (option, number) in ["--hosts", "--mib", "--mbit", "--rounds"].iter().zip(numbers) {
+        bench.arg(option).arg(number.to_string());
+    }
     Ok(bench)
 }
 

@@ -6,6 +6,7 @@ mod attach;
 mod bad_input;
 mod boot;
 mod bytes;
+mod config;
 mod faults;
 mod harness;
 mod iscsi_suite;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod links;
 mod target;
 
 use std::process::ExitCode;
@@ -17,6 +18,8 @@ use treeboot_tests::scratch::{MARK, Scratch};
 enum Bench {
     /// QEMU's own time for a read during a boot: raw file, tgt, treeboot from a warm cache.
     Boot(boot::Options),
+    /// Hosts on shaped links that read one image at the same moment, for each shape of the trees: uploads and times.
+    Links(links::Options),
     /// Our target beside tgt, with iscsi-perf as the client: IOPS, MB/s, the server's processor time for each read.
     Target(target::Options),
 }
@@ -57,6 +60,8 @@ fn work(bench: Bench) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match bench {
         Bench::Boot(options) => runtime.block_on(boot::run(&options))?,
+        // Its networks are entered thread by thread.
+        Bench::Links(options) => links::run(&options)?,
         Bench::Target(options) => runtime.block_on(target::run(&options))?,
     }
     Ok(ExitCode::SUCCESS)
