@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use support::{Client, Memory, TARGET, iqn, serve, serve_with};
 use treeboot_block::{BlockDevice, BlockError, Extent, Geometry, IoFuture, Provisioning};
-use treeboot_iscsi::pdu::{Framing, LunField, NO_TAG, NopOut, Pdu, Residual, ScsiCommand, TaskAttribute};
+use treeboot_iscsi::pdu::{
+    Framing, LunField, NO_TAG, NopOut, Pdu, Residual, ScsiCommand, TaskAttribute, TextRequest,
+};
 use treeboot_iscsi::scsi::{Sense, status};
 use treeboot_iscsi::target::{Access, AddTargetError, ServerConfig};
 
@@ -330,6 +332,23 @@ async fn keys_that_may_come_after_the_login_take_effect_and_others_are_refused()
         "HeaderDigest=Reject\0MaxBurstLength=Reject\0X-org.example=NotUnderstood\0"
     );
     assert_eq!(client.read(0, 128).await, data);
+    // A text that goes on and is never finished is forgotten by the next one.
+    let begun = TextRequest {
+        immediate: true,
+        final_: false,
+        continues: true,
+        lun: LunField(0),
+        itt: 1,
+        ttt: NO_TAG,
+        cmd_sn: client.cmd_sn,
+        exp_stat_sn: 0,
+    };
+    client.send(&begun.into(), b"X-org.example.unfinished=").await;
+    let (Pdu::TextResponse(more), _) = client.receive().await else {
+        panic!("no text")
+    };
+    assert!(!more.final_ && more.ttt != NO_TAG);
+    assert_eq!(client.text(&[("X-2", "1")]).await, "X-2=NotUnderstood\0");
 }
 
 /// A disk of a mebibyte whose blocks from some place on cannot be read.

@@ -19,6 +19,7 @@ use treeboot_iscsi::pdu::{
     task_response,
 };
 use treeboot_iscsi::scsi::{Sense, status};
+use treeboot_iscsi::target::{Access, Server, ServerConfig};
 
 /// No wait of a test is longer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -360,6 +361,112 @@ async fn a_reset_ends_the_tasks_of_all_sessions_and_tells_them() {
         device.end(1);
         assert_eq!(ready(&mut one).await, (status::GOOD, None), "{function:?}");
     }
+}
+
+/// Sends a ping, which is answered before anything else: what was asked for before still waits.
+async fn still_waits(client: &mut Client) {
+    let ping = NopOut {
+        immediate: true,
+        lun: LunField(0),
+        itt: 2000,
+        ttt: NO_TAG,
+        cmd_sn: client.cmd_sn,
+        exp_stat_sn: 0,
+    };
+    client.send(&ping.into(), &[]).await;
+    let first = client.receive().await.0;
+    assert!(
+        matches!(first, Pdu::NopIn(pong) if pong.itt == 2000),
+        "answered while another session's write is on the device: {first:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_reset_is_answered_when_the_writes_of_all_sessions_have_ended() {
+    for function in [TaskFunction::LogicalUnitReset, TaskFunction::TargetWarmReset] {
+        let device = Slow::new();
+        let (_server, portal) = serve(device.clone()).await;
+        let mut one = Client::login(portal, TARGET, 1).await;
+        let mut two = Client::login(portal, TARGET, 2).await;
+        let write = command(&mut one, 1, TaskAttribute::Simple, 0x2a, 1);
+        one.send(&write.into(), &[1; 512]).await;
+        device.until_begun(1).await;
+        manage(&mut two, function, NO_TAG).await;
+        still_waits(&mut two).await;
+        device.end(1);
+        complete(&mut two).await;
+        let told = (status::CHECK_CONDITION, Some(Sense::BUS_DEVICE_RESET));
+        assert_eq!(ready(&mut one).await, told, "{function:?}");
+        // A session that ends instead is waited for no longer than its write takes.
+        let write = command(&mut one, 2, TaskAttribute::Simple, 0x2a, 1);
+        one.send(&write.into(), &[1; 512]).await;
+        device.until_begun(2).await;
+        assert_eq!(ready(&mut two).await, told, "{function:?}");
+        manage(&mut two, function, NO_TAG).await;
+        still_waits(&mut two).await;
+        drop(one);
+        still_waits(&mut two).await;
+        device.end(2);
+        complete(&mut two).await;
+    }
+}
+
+/// PERSISTENT RESERVE OUT.
+async fn reserve_out(client: &mut Client, tag: u8, action: u8, key: u64, action_key: u64) {
+    let mut pdu = command(client, tag, TaskAttribute::Simple, 0x2a, 0);
+    pdu.cdb = [0; 16];
+    (pdu.cdb[0], pdu.cdb[1], pdu.cdb[2], pdu.cdb[8]) = (0x5f, action, 1, 24);
+    pdu.expected_bytes = 24;
+    let mut list = [0; 24];
+    list[..8].copy_from_slice(&key.to_be_bytes());
+    list[8..16].copy_from_slice(&action_key.to_be_bytes());
+    client.send(&pdu.into(), &list).await;
+}
+
+#[tokio::test]
+async fn a_preemption_is_answered_when_the_writes_of_the_preempted_have_ended() {
+    let (device, other_device) = (Slow::new(), Slow::new());
+    let server = Server::bind(&["127.0.0.1:0".parse().unwrap()], ServerConfig::default()).unwrap();
+    let mut spec = support::spec(device.clone(), Access::Anyone);
+    let mut other = support::spec(other_device.clone(), Access::Anyone).luns.remove(0);
+    other.lun = 1;
+    spec.luns.push(other);
+    server.add_target(spec).unwrap();
+    let portal = server.local_addrs()[0];
+    let mut old = Client::login(portal, TARGET, 1).await;
+    let mut new = Client::login(portal, TARGET, 2).await;
+    for (client, key) in [(&mut old, 1), (&mut new, 2)] {
+        reserve_out(client, 1, 0, 0, key).await;
+        assert_eq!(ended(client).await, (1, status::GOOD));
+    }
+    let write = command(&mut old, 1, TaskAttribute::Simple, 0x2a, 1);
+    old.send(&write.into(), &[1; 512]).await;
+    device.until_begun(1).await;
+    // On the other unit nobody is preempted.
+    let mut read = command(&mut old, 9, TaskAttribute::Simple, 0x28, 1);
+    read.lun = LunField::new(1);
+    let attention = ScsiCommand {
+        cdb: [0; 16],
+        itt: 8,
+        read: false,
+        expected_bytes: 0,
+        cmd_sn: read.cmd_sn,
+        ..read
+    };
+    read.cmd_sn = read.cmd_sn.wrapping_add(1);
+    old.cmd_sn = read.cmd_sn.wrapping_add(1);
+    old.send(&attention.into(), &[]).await;
+    assert_eq!(ended(&mut old).await, (8, status::CHECK_CONDITION));
+    old.send(&read.into(), &[]).await;
+    other_device.until_begun(1).await;
+    reserve_out(&mut new, 5, 5, 2, 1).await;
+    still_waits(&mut new).await;
+    device.end(1);
+    assert_eq!(ended(&mut new).await, (5, status::GOOD));
+    let told = (status::CHECK_CONDITION, Some(Sense::REGISTRATIONS_PREEMPTED));
+    assert_eq!(ready(&mut old).await, told);
+    other_device.end(9);
+    assert_eq!(ended(&mut old).await, (9, status::GOOD));
 }
 
 /// READ (10) of half a mebibyte from a block on, by a tag of its own.

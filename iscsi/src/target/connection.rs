@@ -16,7 +16,7 @@ use super::buffers::{Block, Input, Output, Pool};
 use super::command::Held;
 use super::execute::Outcome;
 use super::login::Ready;
-use super::registry::{Counters, Order, SessionHandle, Shared, Target, Unit, count};
+use super::registry::{Counters, Gate, Order, SessionHandle, Shared, Target, Ticket, Unit, count};
 use super::wire::Wire;
 use crate::login::{Established, Parameters};
 use crate::pdu::{FrameError, Framing, NO_TAG, NopIn, Pdu, PduError, Reject, Split, reject_reason};
@@ -156,6 +156,15 @@ pub(super) struct Abortion {
     pub(super) itt: u32,
     pub(super) counted: bool,
     pub(super) serials: Vec<u64>,
+    /// Other sessions' tasks.
+    pub(super) gate: Option<Gate>,
+}
+
+/// Tasks whose end another session waits for.
+pub(super) struct Owed {
+    pub(super) serials: Vec<u64>,
+    /// Given back when they have ended.
+    pub(super) _tickets: Vec<Ticket>,
 }
 
 /// See the module.
@@ -193,6 +202,9 @@ pub(super) struct Connection {
     pub(super) flushes: Vec<Flush>,
     pub(super) barrier: Barrier,
     pub(super) abortions: Vec<Abortion>,
+    pub(super) owed: Vec<Owed>,
+    /// Preemptions that wait for other sessions' tasks to end.
+    pub(super) fences: Vec<(Gate, Done)>,
     pub(super) running: FuturesUnordered<Work>,
     /// Large reads whose next piece waits for room.
     pub(super) stalled: VecDeque<ReadTask>,
@@ -308,6 +320,8 @@ impl Connection {
             flushes: Vec::new(),
             barrier: Barrier::default(),
             abortions: Vec::new(),
+            owed: Vec::new(),
+            fences: Vec::new(),
             running: FuturesUnordered::new(),
             stalled: VecDeque::new(),
             reading_bytes: 0,
@@ -346,6 +360,7 @@ impl Connection {
             for order in self.handle.control.take() {
                 self.obey(order)?;
             }
+            self.pass_gates(cx);
             while !self.running.is_empty()
                 && let Poll::Ready(Some(done)) = self.running.poll_next_unpin(cx)
             {
@@ -448,8 +463,19 @@ impl Connection {
         match order {
             Order::Close(reason) => return Err(End::Ordered(reason)),
             Order::AskLogout(seconds) => self.ask_logout(seconds),
-            Order::Abort(lun) => {
-                self.abort_where(|task| task.lun == lun);
+            Order::Abort(lun, tickets) => {
+                let mut serials = self.abort_where(|task| task.lun == lun);
+                // A preemption that waits itself has nothing on the device, and might wait for the one that is waiting here.
+                let waits = |serial| {
+                    let mut fences = self.fences.iter();
+                    fences
+                        .any(|(_, done)| matches!(done, Done::Task { serial: other, .. } if *other == serial))
+                };
+                serials.retain(|&serial| !waits(serial));
+                if !serials.is_empty() {
+                    let _tickets = tickets;
+                    self.owed.push(Owed { serials, _tickets });
+                }
             }
         }
         Ok(())

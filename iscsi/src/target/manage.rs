@@ -1,7 +1,9 @@
 //! What is no SCSI command: pings, task management, text requests, logout.
 
+use std::net::SocketAddr;
+
 use super::connection::{Abortion, Connection, End, Task, TaskKind, piece_bytes};
-use super::registry::Order;
+use super::registry::{Gate, Order, Ticket};
 use crate::login::{
     MAX_REQUEST_TEXT_BYTES, PORTAL_GROUP_TAG, append_key, is_of_the_login, max_recv_bytes, parse_keys,
 };
@@ -84,8 +86,9 @@ impl Connection {
             }
             TaskFunction::LogicalUnitReset => {
                 unit.logical.reset();
-                self.order_others(&Order::Abort(lun));
-                self.abort_where(|task| task.lun == lun)
+                let gate = self.abort_of_others(&[lun]);
+                let serials = self.abort_where(|task| task.lun == lun);
+                return self.answer_when_ended(request.itt, counted, serials, Some(gate));
             }
             TaskFunction::TaskReassign => {
                 self.over(counted);
@@ -96,7 +99,7 @@ impl Connection {
                 return self.task_response(request.itt, task_response::NOT_SUPPORTED);
             }
         };
-        self.answer_when_ended(request.itt, counted, serials);
+        self.answer_when_ended(request.itt, counted, serials, None);
     }
 
     /// Aborts a command that has not come yet: its number is passed over when its turn comes (RFC 7143 §11.6.1).
@@ -110,11 +113,12 @@ impl Connection {
         task_response::COMPLETE
     }
 
-    fn answer_when_ended(&mut self, itt: u32, counted: bool, serials: Vec<u64>) {
+    fn answer_when_ended(&mut self, itt: u32, counted: bool, serials: Vec<u64>, gate: Option<Gate>) {
         self.abortions.push(Abortion {
             itt,
             counted,
             serials,
+            gate,
         });
         self.answer_abortions();
     }
@@ -123,14 +127,23 @@ impl Connection {
         let Some(target) = self.target.clone() else { return };
         for unit in &target.units {
             unit.logical.reset();
-            self.order_others(&Order::Abort(unit.logical.number()));
         }
+        let gate = self.abort_of_others(&target.luns);
         let serials = self.abort_where(|_| true);
-        self.answer_when_ended(request.itt, counted, serials);
+        self.answer_when_ended(request.itt, counted, serials, Some(gate));
         if request.function == TaskFunction::TargetColdReset {
             self.order_others(&Order::Close("a cold reset of the target"));
             self.end = Some(End::Ordered("a cold reset of the target"));
         }
+    }
+
+    /// Has the other sessions abort their tasks on these units; the gate opens when they have ended.
+    fn abort_of_others(&self, luns: &[u16]) -> Gate {
+        let (ticket, gate) = Ticket::new(&self.handle);
+        for &lun in luns {
+            self.order_others(&Order::Abort(lun, vec![ticket.clone()]));
+        }
+        gate
     }
 
     fn order_others(&self, order: &Order) {
@@ -214,6 +227,12 @@ impl Connection {
 
     pub(super) fn text(&mut self, request: &TextRequest, bhs: &Bhs, data: &[u8], counted: bool) {
         self.over(counted);
+        if request.ttt == NO_TAG {
+            // A new negotiation; one that was not finished is forgotten (RFC 7143 §11.10.4).
+            self.text_request.clear();
+            self.text_parts = 0;
+            self.text_rest = None;
+        }
         if let Some((ttt, rest)) = self.text_rest.take_if(|(ttt, _)| *ttt == request.ttt) {
             debug_assert_eq!(ttt, request.ttt);
             return self.text_answer(request, rest);
@@ -332,6 +351,12 @@ impl Connection {
                 .iter()
                 .filter(|portal| !portal.ip().is_unspecified()),
         );
+        for portal in &mut portals {
+            if let SocketAddr::V6(portal) = portal {
+                // The number of an interface of ours means nothing to others.
+                portal.set_scope_id(0);
+            }
+        }
         let mut seen = std::collections::HashSet::new();
         portals.retain(|portal| seen.insert(*portal));
         for target in targets {

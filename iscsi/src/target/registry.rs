@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
@@ -51,8 +51,59 @@ pub(super) enum Order {
     Close(&'static str),
     /// Ask the initiator to log out within so many seconds.
     AskLogout(u16),
-    /// Abort the tasks on a unit: a reset, or a reservation taken away.
-    Abort(u16),
+    /// Abort the tasks on a unit: a reset, or a reservation taken away. Who ordered it waits for the tickets.
+    Abort(u16, Vec<Ticket>),
+}
+
+/// Held by a session that was told to abort tasks, until those that change the device have ended there. Once nobody holds one of
+/// its kind, who ordered it may say that it is done: a write that lands after a reset, or after a preemption, would be a write of
+/// somebody who is shut out.
+#[derive(Debug, Clone)]
+pub(super) struct Ticket {
+    /// `None` only while it is dropped.
+    held: Option<Arc<()>>,
+    asker: Weak<SessionHandle>,
+}
+
+impl Ticket {
+    /// The first, and what tells its asker when none is left.
+    pub(super) fn new(asker: &Arc<SessionHandle>) -> (Self, Gate) {
+        let gate = Gate(Arc::new(()));
+        let held = Some(Arc::clone(&gate.0));
+        let asker = Arc::downgrade(asker);
+        (Self { held, asker }, gate)
+    }
+}
+
+impl PartialEq for Ticket {
+    fn eq(&self, other: &Self) -> bool {
+        match (&self.held, &other.held) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+impl Eq for Ticket {}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        // First given up, then told: whoever wakes must see it.
+        self.held = None;
+        if let Some(asker) = self.asker.upgrade() {
+            asker.control.waker.wake();
+        }
+    }
+}
+
+/// Is open once no [`Ticket`] of its kind is left.
+#[derive(Debug)]
+pub(super) struct Gate(Arc<()>);
+
+impl Gate {
+    pub(super) fn is_open(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_some()
+    }
 }
 
 /// The way to a connection from outside.
@@ -66,9 +117,20 @@ pub(super) struct Control {
 impl Control {
     pub(super) fn send(&self, order: Order) {
         let mut orders = self.orders.lock();
-        // Twice is once: however often others reset a unit, no more waits here than there are kinds of orders.
-        if !orders.contains(&order) {
-            orders.push(order);
+        // Twice is once: however often others reset a unit, no more waits here than there are kinds of orders, and one ticket of
+        // each request that others wait with.
+        let same = |old: &&mut Order| match (&**old, &order) {
+            (Order::Abort(a, _), Order::Abort(b, _)) => a == b,
+            (a, b) => a == b,
+        };
+        match orders.iter_mut().find(same) {
+            Some(Order::Abort(_, tickets)) => {
+                if let Order::Abort(_, more) = order {
+                    tickets.extend(more);
+                }
+            }
+            Some(_) => {}
+            None => orders.push(order),
         }
         drop(orders);
         self.pending.store(true, Ordering::Release);

@@ -6,7 +6,7 @@ use std::task::Context;
 use super::buffers::Block;
 use super::connection::{Abortion, Connection, Done, ReadTask, TaskKind};
 use super::execute::{self, Outcome, status_of};
-use super::registry::{Order, count};
+use super::registry::{Gate, Order, Ticket, count};
 use crate::pdu::{
     AsyncMessage, DataIn, LunField, NO_TAG, Pdu, Residual, ScsiResponse, TaskManagementResponse,
     task_response,
@@ -264,6 +264,36 @@ impl Connection {
             Done::Task {
                 itt,
                 serial,
+                outcome: Outcome::Preempted(ports),
+                counted,
+                reading,
+                expected,
+                called_for,
+                solicitations,
+                written,
+                buffer,
+            } => {
+                // It is a task until theirs have ended, and answered then.
+                let gate = self.preempted(itt, &ports);
+                let outcome = Outcome::Good;
+                let done = Done::Task {
+                    itt,
+                    serial,
+                    counted,
+                    outcome,
+                    reading,
+                    expected,
+                    called_for,
+                    solicitations,
+                    written,
+                    buffer,
+                };
+                self.fences.push((gate, done));
+                self.pass_gates(cx);
+            }
+            Done::Task {
+                itt,
+                serial,
                 counted,
                 outcome,
                 reading,
@@ -309,9 +339,6 @@ impl Connection {
                 self.respond(itt, status, Some(sense), residual, solicitations);
             }
             Outcome::Good | Outcome::Conflict | Outcome::Preempted(_) => {
-                if let Outcome::Preempted(ports) = &outcome {
-                    self.preempted(ports);
-                }
                 count(&self.counters().written, written);
                 let residual = residual(expected, called_for);
                 self.respond(itt, status, None, residual, solicitations);
@@ -319,12 +346,30 @@ impl Connection {
         }
     }
 
-    /// Their tasks are aborted in all their sessions.
-    fn preempted(&self, ports: &[crate::scsi::reservation::InitiatorPort]) {
-        let Some(target) = &self.target else { return };
-        for session in target.sessions(|session| ports.contains(&session.port)) {
-            for &lun in &target.luns {
-                session.control.send(Order::Abort(lun));
+    /// The tasks of these ports on the unit that the task `itt` is for are aborted, in all their sessions; the gate opens when
+    /// they have ended.
+    fn preempted(&self, itt: u32, ports: &[crate::scsi::reservation::InitiatorPort]) -> Gate {
+        let (ticket, gate) = Ticket::new(&self.handle);
+        if let (Some(target), Some(task)) = (&self.target, self.tasks.get(&itt)) {
+            for session in target.sessions(|session| ports.contains(&session.port)) {
+                session.control.send(Order::Abort(task.lun, vec![ticket.clone()]));
+            }
+        }
+        gate
+    }
+
+    /// Answers what waited for other sessions' tasks.
+    pub(super) fn pass_gates(&mut self, cx: &mut Context<'_>) {
+        if !self.abortions.is_empty() {
+            self.answer_abortions();
+        }
+        let mut at = 0;
+        while let Some((gate, _)) = self.fences.get_mut(at) {
+            if gate.is_open() {
+                let (_, done) = self.fences.remove(at);
+                self.done(done, cx);
+            } else {
+                at += 1;
             }
         }
     }
@@ -346,6 +391,12 @@ impl Connection {
 
     /// A listed task is gone: whoever waits for that may have its answer.
     pub(super) fn ended(&mut self, serial: u64) {
+        if !self.owed.is_empty() {
+            for owed in &mut self.owed {
+                owed.serials.retain(|&waited| waited != serial);
+            }
+            self.owed.retain(|owed| !owed.serials.is_empty());
+        }
         if self.abortions.is_empty() {
             return;
         }
@@ -357,10 +408,10 @@ impl Connection {
 
     /// Answers the task management requests that wait for nothing any more.
     pub(super) fn answer_abortions(&mut self) {
-        let (ready, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut self.abortions)
-            .into_iter()
-            .partition(|abortion| abortion.serials.is_empty());
-        self.abortions = waiting;
+        let is_over = |abortion: &mut Abortion| {
+            abortion.serials.is_empty() && abortion.gate.as_mut().is_none_or(Gate::is_open)
+        };
+        let ready: Vec<_> = self.abortions.extract_if(.., is_over).collect();
         for Abortion { itt, counted, .. } in ready {
             self.over(counted);
             self.task_response(itt, task_response::COMPLETE);
