@@ -137,6 +137,17 @@ pub enum OpenIscsiError {
         /// The limit.
         limit: Duration,
     },
+    /// Even its version, for which it asks nobody, iscsiadm did not say in time.
+    #[error(
+        "{} --version did not end within {limit:?} and was killed. It asks nobody, so this machine is too busy, or the disk on which \
+         it lies hangs; start the agent again when `time {} --version` takes less", program.display(), program.display()
+    )]
+    TooBusy {
+        /// What was run.
+        program: PathBuf,
+        /// The limit.
+        limit: Duration,
+    },
     /// The session is there, a unit is not.
     #[error("{endpoint} shows no LUN {lun} within {waited:?}; it shows {seen:?}")]
     NoUnit {

@@ -103,12 +103,19 @@ impl OpenIscsi {
     /// Is everything there that sessions need? iscsid is asked only by a login.
     ///
     /// # Errors
-    /// [`OpenIscsiError::NoProgram`], [`OpenIscsiError::NoModule`].
+    /// [`OpenIscsiError::NoProgram`], [`OpenIscsiError::NoModule`], [`OpenIscsiError::TooBusy`].
     pub fn check(&self) -> Result<(), OpenIscsiError> {
         if !self.places.sysfs.join("class/iscsi_transport/tcp").exists() {
             return Err(OpenIscsiError::NoModule);
         }
-        self.iscsiadm(&["--version"]).map(drop)
+        let limit = self.settings.start_limit;
+        match run::run(&self.places.program, &["--version"], limit) {
+            Err(OpenIscsiError::Killed { .. }) => Err(OpenIscsiError::TooBusy {
+                program: self.places.program.clone(),
+                limit,
+            }),
+            other => other,
+        }
     }
 
     /// Makes a session and waits for its units. A session that is there already is kept as it is, with the secrets and

@@ -39,6 +39,9 @@ pub struct Settings {
     pub units_within: Duration,
     /// How long one call of iscsiadm may take before it is killed. A login to a dead portal takes `login_s` and a second.
     pub call_limit: Duration,
+    /// How long iscsiadm may take to say its version when the agent starts. It asks nobody for that, so only a machine that is
+    /// too busy to start programs meets this limit, and there patience is better than an agent that ends.
+    pub start_limit: Duration,
 }
 
 impl Default for Settings {
@@ -57,6 +60,7 @@ impl Default for Settings {
             digests: Digests::default(),
             units_within: Duration::from_secs(5),
             call_limit: Duration::from_secs(15),
+            start_limit: Duration::from_secs(60),
         }
     }
 }

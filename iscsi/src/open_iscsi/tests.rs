@@ -279,6 +279,16 @@ fn a_call_that_hangs_is_killed_and_a_daemon_that_it_starts_is_not_waited_for() {
 }
 
 #[test]
+fn a_machine_too_busy_to_start_iscsiadm_is_told_from_a_daemon_that_does_not_answer() {
+    let mut fake = Fake::new("sleep 20");
+    fake.put("sys/class/iscsi_transport/tcp", "");
+    fake.open_iscsi.settings.start_limit = Duration::from_millis(100);
+    let error = fake.open_iscsi.check().unwrap_err();
+    assert!(matches!(error, OpenIscsiError::TooBusy { .. }), "{error}");
+    assert!(error.to_string().contains("start the agent again"), "{error}");
+}
+
+#[test]
 fn by_the_defaults_a_dead_parent_fails_within_five_seconds() {
     assert_eq!(Settings::default().fails_within(), Duration::from_secs(5));
 }
