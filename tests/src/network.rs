@@ -189,12 +189,33 @@ impl Network {
         Ok(())
     }
 
-    /// Takes a guest's tap down, as [`Network::cut`] does with a host's link.
+    /// Undoes [`Network::shape_host`].
+    ///
+    /// # Errors
+    /// The link was not shaped, or `tc` failed.
+    pub fn unshape_host(&self, host: usize) -> Result<()> {
+        let (hub, namespace) = (&self.hub, self.namespace(host));
+        run("tc", &format!("-n {hub} qdisc del dev port{host} root"))?;
+        run("tc", &format!("-n {namespace} qdisc del dev eth0 root"))?;
+        Ok(())
+    }
+
+    /// Undoes [`Network::shape_tap`].
+    ///
+    /// # Errors
+    /// As [`Network::unshape_host`].
+    pub fn unshape_tap(&self, index: usize) -> Result<()> {
+        run("tc", &format!("-n {} qdisc del dev tap{index} root", self.hub))?;
+        Ok(())
+    }
+
+    /// Takes a guest's tap out of the bridge: frames are lost, no connection is told, as with [`Network::cut`].
     ///
     /// # Errors
     /// `ip` failed.
     pub fn cut_tap(&self, index: usize) -> Result<()> {
-        ip(&format!("-n {} link set tap{index} down", self.hub))?;
+        // Not by taking the tap down: user-mode Linux gives a link up for good whose tap refused a frame.
+        ip(&format!("-n {} link set tap{index} nomaster", self.hub))?;
         Ok(())
     }
 
@@ -203,7 +224,7 @@ impl Network {
     /// # Errors
     /// `ip` failed.
     pub fn mend_tap(&self, index: usize) -> Result<()> {
-        ip(&format!("-n {} link set tap{index} up", self.hub))?;
+        ip(&format!("-n {} link set tap{index} master hub", self.hub))?;
         Ok(())
     }
 
@@ -243,7 +264,19 @@ impl Network {
     /// # Errors
     /// `ip` failed or its answer is not understood.
     pub fn link_bytes(&self, host: usize) -> Result<LinkBytes> {
-        let answer = ip(&format!("-n {} -s -j link show port{host}", self.hub))?;
+        self.bytes_of(&format!("port{host}"))
+    }
+
+    /// Bytes that passed a guest's tap.
+    ///
+    /// # Errors
+    /// As [`Network::link_bytes`].
+    pub fn tap_bytes(&self, index: usize) -> Result<LinkBytes> {
+        self.bytes_of(&format!("tap{index}"))
+    }
+
+    fn bytes_of(&self, link: &str) -> Result<LinkBytes> {
+        let answer = ip(&format!("-n {} -s -j link show {link}", self.hub))?;
         let links: serde_json::Value = serde_json::from_str(&answer).context("ip's answer is not JSON")?;
         let bytes = |direction: &str| {
             links[0]["stats64"][direction]["bytes"]

@@ -15,7 +15,8 @@ node() { iscsiadm -m node -T "$target" -p "$portal" "$@"; }
 device() {
     for session in /sys/class/iscsi_session/session*; do
         if [ "$(cat "$session/targetname" 2>/dev/null)" = "$target" ]; then
-            ls "$session"/device/target*/*:"$lun"/block 2>/dev/null
+            # A session is there a moment before its units are.
+            ls "$session"/device/target*/*:"$lun"/block 2>/dev/null || true
         fi
     done
 }

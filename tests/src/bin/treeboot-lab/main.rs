@@ -7,10 +7,11 @@ mod shell;
 mod up;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
@@ -55,6 +56,15 @@ enum Verb {
         /// How many blocks of 4 KiB
         #[arg(long)]
         blocks: u64,
+    },
+    /// Inside of a host: reads a disk once
+    #[command(hide = true)]
+    Read {
+        /// The block device
+        device: PathBuf,
+        /// Bytes a second, at most
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+        rate: u64,
     },
     /// Inside of a host: says of which write each block of a disk is
     #[command(hide = true)]
@@ -106,6 +116,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
                 .with_context(|| format!("cannot open {}", device.display()))?;
             model::write(&disk, seed, round, blocks, &mut io::stdout())?;
         }
+        Verb::Read { device, rate } => read_paced(&device, rate)?,
         Verb::Stamps {
             device,
             blocks,
@@ -123,4 +134,26 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads a device to its end, no faster than so many bytes a second.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a pace is a sleep; nothing else is waited for"
+)]
+fn read_paced(device: &Path, rate: u64) -> Result<()> {
+    let mut disk = File::open(device).with_context(|| format!("cannot open {}", device.display()))?;
+    let mut buffer = vec![0; 64 * 1024];
+    let (began, mut bytes) = (Instant::now(), 0_u64);
+    loop {
+        let count = disk
+            .read(&mut buffer)
+            .with_context(|| format!("cannot read {} at {bytes}", device.display()))?;
+        if count == 0 {
+            return Ok(());
+        }
+        bytes += count as u64;
+        let due = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        std::thread::sleep(due.saturating_sub(began.elapsed()));
+    }
 }

@@ -46,8 +46,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         quoted(&std::env::var("TERM").unwrap_or_else(|_| "dumb".into())),
     );
     let what = match (options.command.as_slice(), terminal) {
-        ([], true) => format!("{} exec bash -l", size()),
-        ([], false) => "exec bash -l".to_owned(),
+        // No login shell: /etc/profile would set another PATH.
+        ([], true) => format!("{} exec bash", size()),
+        ([], false) => "exec bash".to_owned(),
         (command, _) => {
             let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
             format!("exec {}", words.join(" "))

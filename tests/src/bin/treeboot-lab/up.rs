@@ -50,7 +50,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let lab = runtime.block_on(Lab::up(&options.state, &spec, &mut say))?;
+    // Guests read files below it, and have another working directory.
+    let state = std::path::absolute(&options.state)?;
+    let lab = runtime.block_on(Lab::up(&state, &spec, &mut say))?;
     say(&format!("up: coordinator, origin, h1 to h{}", options.hosts));
     lab.leave();
     eprintln!(
