@@ -286,12 +286,43 @@ impl Lab {
         Ok(())
     }
 
+    /// Gives every link the machine's speed again.
+    ///
+    /// # Errors
+    /// A link was not shaped, or `tc` failed.
+    pub async fn unshape(&self) -> Result<()> {
+        self.network.unshape_host(0)?;
+        for host in &self.hosts {
+            self.network.unshape_tap(host.number())?;
+            host.sh("tc qdisc del dev vec0 root").await?;
+        }
+        Ok(())
+    }
+
     /// Waits until the coordinator has the heartbeat of the origin and of every running host.
     ///
     /// # Errors
     /// Not within 60 s.
     pub async fn wait_known(&self) -> Result<()> {
-        wait_until(KNOWN_WITHIN, "the coordinator to know all hosts", async || {
+        let running = || {
+            let hosts = self.hosts.iter().filter(|host| host.is_running());
+            ["origin"].into_iter().chain(hosts.map(LabHost::name)).collect()
+        };
+        self.wait_beats("the coordinator to know all hosts", running)
+            .await
+    }
+
+    /// Waits until the coordinator has a host's heartbeat.
+    ///
+    /// # Errors
+    /// Not within 60 s.
+    pub async fn wait_host_known(&self, host: &LabHost) -> Result<()> {
+        let what = format!("the coordinator to know {}", host.name());
+        self.wait_beats(&what, || vec![host.name()]).await
+    }
+
+    async fn wait_beats<'a>(&'a self, what: &str, names: impl Fn() -> Vec<&'a str>) -> Result<()> {
+        wait_until(KNOWN_WITHIN, what, async || {
             let list: serde_json::Value = self.json(&["host", "list", "--json"]).await?;
             let known = |name: &str| {
                 list.as_array().is_some_and(|hosts| {
@@ -300,9 +331,7 @@ impl Lab {
                         .any(|host| host["name"] == name && host["connected"] == true)
                 })
             };
-            let running = self.hosts.iter().filter(|host| host.is_running());
-            let all = known("origin") && running.map(LabHost::name).all(known);
-            Ok(all.then_some(()))
+            Ok(names().into_iter().all(known).then_some(()))
         })
         .await
     }

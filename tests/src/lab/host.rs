@@ -84,6 +84,8 @@ pub struct HostSpec {
     pub memory_mib: u32,
     /// Further arguments of its agent.
     pub agent_args: Vec<String>,
+    /// Lines for its shell at each boot, before the agent starts; one that fails ends the host.
+    pub setup: String,
 }
 
 impl HostSpec {
@@ -94,6 +96,7 @@ impl HostSpec {
             plane,
             memory_mib: 160,
             agent_args: Vec::new(),
+            setup: String::new(),
         }
     }
 }
@@ -160,7 +163,10 @@ impl LabHost {
             host.folder.join("agent.sh"),
             host.agent_script(programs, coordinator, &spec.agent_args),
         )?;
-        fs::write(host.folder.join("main.sh"), host.main_script(programs))?;
+        fs::write(
+            host.folder.join("main.sh"),
+            host.main_script(programs, &spec.setup),
+        )?;
         Ok(host)
     }
 
@@ -201,11 +207,12 @@ impl LabHost {
     }
 
     /// What the guest's first process does once links and modules are there. It ends, and the guest halts, with the channel.
-    fn main_script(&self, programs: &Programs) -> String {
+    fn main_script(&self, programs: &Programs, setup: &str) -> String {
         format!(
             // An agent that finds QEMU tries it, and a lab has no time for that: its hosts give disks, and run no VM.
             "rm -f /usr/bin/qemu-system-*\n\
              {provision} prepare\n\
+             {setup}\n\
              sh {folder}/agent.sh\n\
              exec {lab} serve {control}\n",
             provision = programs.provision.display(),

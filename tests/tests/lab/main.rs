@@ -3,6 +3,10 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod faults;
 mod power;
+mod rate;
 mod root_fs;
+mod spread;
+mod strangers;
 mod support;

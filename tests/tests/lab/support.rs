@@ -12,9 +12,20 @@ use treeboot_tests::wait::within;
 /// Guests want the machine's memory and both of its cores.
 static MACHINE: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
 
-/// Runs a scenario in a lab of its own, with hosts of these planes; on a thread of its own, because one that entered a network namespace
-/// does not come back.
+/// Runs a scenario in a lab of its own, with hosts of these planes.
 pub(crate) fn with_lab<T>(label: &str, planes: &[Plane], limit: Duration, scenario: T) -> Result<()>
+where
+    T: AsyncFnOnce(&Lab) -> Result<()> + Send + 'static,
+{
+    let spec = LabSpec {
+        hosts: planes.iter().copied().map(HostSpec::of).collect(),
+        ..LabSpec::default()
+    };
+    with_spec(label, spec, limit, scenario)
+}
+
+/// Runs a scenario in a lab of its own; on a thread of its own, because one that entered a network namespace does not come back.
+pub(crate) fn with_spec<T>(label: &str, spec: LabSpec, limit: Duration, scenario: T) -> Result<()>
 where
     T: AsyncFnOnce(&Lab) -> Result<()> + Send + 'static,
 {
@@ -22,10 +33,6 @@ where
         return Ok(());
     }
     let label = label.to_owned();
-    let spec = LabSpec {
-        hosts: planes.iter().copied().map(HostSpec::of).collect(),
-        ..LabSpec::default()
-    };
     let thread = std::thread::spawn(move || {
         let _alone = MACHINE.lock();
         let runtime = tokio::runtime::Builder::new_current_thread()
