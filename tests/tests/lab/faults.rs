@@ -277,6 +277,8 @@ async fn scenario(lab: &Lab, fault: Fault) -> Result<()> {
     ];
     let mut args: Vec<&str> = options.iter().map(String::as_str).collect();
     args.extend(["--rw=write", "--verify=crc32c", "--do_verify=0", "--thread"]);
+    // Else it leaves a file in the working directory.
+    args.push("--verify_state_save=0");
     local("fio", &args)?;
     import(lab, &file, "image").await?;
     let image_sum = sha256(&file)?;
