@@ -147,6 +147,12 @@ fn fuzz(name: &'static str, limit: Duration, logs: &Path) -> Result<Outcome> {
     let fuzz = workspace::root()?.join("fuzz");
     let (corpus, seeds) = (fuzz.join("corpus").join(name), fuzz.join("seeds").join(name));
     std::fs::create_dir_all(&corpus).with_context(|| format!("cannot make {}", corpus.display()))?;
+    let kept = fuzz.join("kept").join(format!("{name}.tar.gz"));
+    if kept.exists() {
+        let mut unpack = Command::new("tar");
+        unpack.arg("--skip-old-files").arg("-C").arg(&corpus).arg("-xzf");
+        workspace::run(unpack.arg(&kept))?;
+    }
     // Apart, so that building counts for nobody's time.
     workspace::run(cargo_fuzz("build")?.arg(name))?;
     let log = log_of(logs, name);
@@ -179,6 +185,9 @@ fn fuzz(name: &'static str, limit: Duration, logs: &Path) -> Result<Outcome> {
         (false, None) => Some(format!("it could not run, see {}", log.display())),
     };
     let files = std::fs::read_dir(&corpus).map(Iterator::count).ok();
+    if finding.is_none() {
+        keep(name, &[&corpus, &seeds], &kept)?;
+    }
     Ok(Outcome {
         name,
         seconds: took.as_secs(),
@@ -186,6 +195,42 @@ fn fuzz(name: &'static str, limit: Duration, logs: &Path) -> Result<Outcome> {
         corpus: files,
         finding,
     })
+}
+
+/// Packs the inputs that the coverage needs, to be committed: what one machine found, the next begins with.
+fn keep(name: &str, inputs: &[&PathBuf], kept: &Path) -> Result<()> {
+    let chosen = tempfile::tempdir().context("cannot make a folder for the chosen inputs")?;
+    workspace::run(
+        cargo_fuzz("run")?
+            .arg(name)
+            .arg(chosen.path())
+            .args(inputs)
+            .args(["--", "-merge=1", &format!("-max_len={LONGEST_BYTES}")])
+            .stderr(Stdio::null()),
+    )?;
+    if let Some(folder) = kept.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    // Equal inputs, equal bytes.
+    let mut pack = Command::new("tar");
+    pack.args([
+        "--sort=name",
+        "--mtime=@0",
+        "--owner=0",
+        "--group=0",
+        "--numeric-owner",
+        "-C",
+    ])
+    .arg(chosen.path())
+    .arg("-czf")
+    .arg(kept)
+    .arg(".");
+    workspace::run(&mut pack)?;
+    eprintln!(
+        "xtask: {} holds what the coverage needs; commit it",
+        kept.display()
+    );
+    Ok(())
 }
 
 fn oracle(limit: Duration, logs: &Path) -> Result<Outcome> {
