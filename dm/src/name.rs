@@ -32,11 +32,17 @@ pub enum DmDevice {
     CacheData,
     /// The metadata of a cache group of kind dm-cache.
     CacheMetadata,
+    /// Kind bcache: all cache devices, until the first error of one: from then on, none.
+    CacheGuard,
     /// Kind dm-cache: the cache over [`Self::Origins`].
     CacheGroup,
+    /// Kind dm-cache: a content's range of [`Self::CacheGroup`]. Read-only.
+    Cached(Digest),
     /// Kind bcache: a content behind 16 local sectors that hold its superblock; what bcache registers.
     Backing(Digest),
-    /// A content's base: its part of the cache group, or, where the cache has failed, its [`Self::Verity`]. Read-only.
+    /// A content's part of the cache group and, where that fails, its [`Self::Verity`]. Read-only.
+    Served(Digest),
+    /// A content's base: its [`Self::Served`], or, past the cache, its [`Self::Verity`]. Read-only.
     Base(Digest),
     /// The same again for LIO, which claims what it exports, as device-mapper claims a base for the disks over it. Read-only.
     Export(Digest),
@@ -79,8 +85,11 @@ impl fmt::Display for DmDevice {
             Self::Origins => f.write_str(":origins"),
             Self::CacheData => f.write_str(":cachedata"),
             Self::CacheMetadata => f.write_str(":cachemeta"),
+            Self::CacheGuard => f.write_str(":cacheguard"),
             Self::CacheGroup => f.write_str(":cache"),
+            Self::Cached(content) => write!(f, ":cached:{content}"),
             Self::Backing(content) => write!(f, ":backing:{content}"),
+            Self::Served(content) => write!(f, ":served:{content}"),
             Self::Base(content) => write!(f, ":base:{content}"),
             Self::Export(content) => write!(f, ":export:{content}"),
             Self::Disk(vm) => write!(f, ":disk:{vm}"),
@@ -104,8 +113,11 @@ impl FromStr for DmDevice {
             [NAME_PREFIX, "origins"] => Self::Origins,
             [NAME_PREFIX, "cachedata"] => Self::CacheData,
             [NAME_PREFIX, "cachemeta"] => Self::CacheMetadata,
+            [NAME_PREFIX, "cacheguard"] => Self::CacheGuard,
             [NAME_PREFIX, "cache"] => Self::CacheGroup,
+            [NAME_PREFIX, "cached", digest] => Self::Cached(content(digest)?),
             [NAME_PREFIX, "backing", digest] => Self::Backing(content(digest)?),
+            [NAME_PREFIX, "served", digest] => Self::Served(content(digest)?),
             [NAME_PREFIX, "base", digest] => Self::Base(content(digest)?),
             [NAME_PREFIX, "export", digest] => Self::Export(content(digest)?),
             [NAME_PREFIX, "disk", vm] => Self::Disk(VmName::new(vm).map_err(|_| not_ours())?),
@@ -134,8 +146,11 @@ mod tests {
             DmDevice::Origins,
             DmDevice::CacheData,
             DmDevice::CacheMetadata,
+            DmDevice::CacheGuard,
             DmDevice::CacheGroup,
+            DmDevice::Cached(content),
             DmDevice::Backing(content),
+            DmDevice::Served(content),
             DmDevice::Base(content),
             DmDevice::Export(content),
             DmDevice::Disk("web-1".parse().unwrap()),

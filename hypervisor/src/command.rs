@@ -9,6 +9,9 @@
 //!   once it is back; QEMU itself reconnects after three unanswered ones (15 s).
 //! - **`cache.direct=on`, `no-flush=off`, `write-cache=on`**: the guest sees a volatile write cache and flushes it; each of its
 //!   flushes becomes a SYNCHRONIZE CACHE to the target.
+//! - **`logical_block_size=512`** for a block device of the host, whose own blocks may have 4 KiB (the kernel plane's have): images are made for
+//!   512, partition table and all. QEMU reads and writes whole blocks of the device around what is shorter. `physical_block_size` tells the guest
+//!   what to align to.
 //! - **`discard=unmap`**: what the guest trims leaves the delta.
 //! - **`-nodefaults`, no display, no option ROM**: each device costs the firmware time under emulation.
 //! - **`-sandbox`** without `spawn=deny`: `-daemonize` forks behind it.
@@ -78,7 +81,10 @@ pub(crate) fn arguments(spec: &VmSpec, acceleration: Acceleration, forward: Opti
     words.option("-blockdev", disk(&spec.disk).to_string());
     words.option(
         "-device",
-        format!("virtio-blk-pci,drive={DISK_NODE},id={DISK_DEVICE},bootindex=0,write-cache=on,rerror=stop,werror=stop"),
+        format!(
+            "virtio-blk-pci,drive={DISK_NODE},id={DISK_DEVICE},bootindex=0,write-cache=on,rerror=stop,werror=stop{}",
+            blocks(&spec.disk)
+        ),
     );
     if spec.seed.is_some() {
         let path = dir.seed();
@@ -115,6 +121,14 @@ fn disk(disk: &DiskSource) -> Value {
     let direct = !matches!(disk, DiskSource::Raw { .. });
     node["cache"] = json!({ "direct": direct, "no-flush": false });
     node
+}
+
+/// The blocks that the guest sees, where QEMU's own choice would not do.
+fn blocks(disk: &DiskSource) -> &'static str {
+    match disk {
+        DiskSource::Device { .. } => ",logical_block_size=512,physical_block_size=4096",
+        DiskSource::Iscsi { .. } | DiskSource::Raw { .. } => "",
+    }
 }
 
 fn network(spec: &VmSpec, forward: Option<u16>, words: &mut Words) {
@@ -209,6 +223,23 @@ mod tests {
             assert!(line.contains(part), "{part} is not in {line}");
         }
         assert!(!line.contains("netdev") && !line.contains("seed"), "{line}");
+    }
+
+    #[test]
+    fn a_guest_sees_blocks_of_512_bytes_of_every_device() {
+        let line = line(
+            &spec(DiskSource::Device {
+                path: "/dev/sdx".into(),
+            }),
+            None,
+        );
+        for part in [
+            r#""driver":"host_device""#,
+            r#""direct":true"#,
+            "logical_block_size=512,physical_block_size=4096",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
     }
 
     #[test]

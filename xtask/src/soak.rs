@@ -4,6 +4,8 @@
 //! libFuzzer needs flags that stable Rust keeps to itself; `RUSTC_BOOTSTRAP=1` lends them to this one build, so that
 //! nobody needs a second toolchain. Our crates have no `unsafe` of their own to sanitise, so no sanitizer is linked.
 
+mod kernel;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,6 +17,9 @@ use crate::workspace;
 
 /// The fuzz targets, as in `fuzz/Cargo.toml`.
 const TARGETS: &[&str] = &["pdu", "login", "cdb", "session", "dm"];
+
+/// Not a fuzz target: faults of the kernel plane. It needs root, so it runs only where it is asked for.
+const KERNEL: &str = "kernel";
 
 /// The longest input; a session of some dozen PDUs.
 const LONGEST_BYTES: u32 = 4096;
@@ -29,7 +34,7 @@ pub(crate) struct Args {
     /// Minutes for each target, and for the oracle
     #[arg(long, default_value_t = 60)]
     minutes: u64,
-    /// Only these; 'oracle' is one of them too [default: all]
+    /// Only these; 'oracle' is one of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
     #[arg(value_name = "TARGET", value_parser = targets())]
     only: Vec<String>,
 }
@@ -38,7 +43,7 @@ fn targets() -> clap::builder::PossibleValuesParser {
     TARGETS
         .iter()
         .copied()
-        .chain(["oracle"])
+        .chain(["oracle", KERNEL])
         .collect::<Vec<_>>()
         .into()
 }
@@ -82,6 +87,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             log_of(&logs, "oracle").display()
         );
         outcomes.push(oracle(limit, &logs)?);
+    }
+    if args.only.iter().any(|only| only == KERNEL) {
+        eprintln!(
+            "xtask: kernel, once; its log is {}",
+            log_of(&logs, KERNEL).display()
+        );
+        outcomes.push(kernel::run(&logs)?);
     }
     println!("target     seconds   executions   corpus   found");
     for outcome in &outcomes {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::base::BaseMsg;
 use super::{Host, HostError, chain};
-use crate::doctor::{Finding, diagnose};
+use crate::doctor::{Condition, Finding, diagnose};
 use crate::plane::Scope;
 use crate::stack::Step;
 
@@ -20,7 +20,14 @@ impl Host {
     pub async fn doctor(&self, fix: bool) -> Result<(Vec<Finding>, Vec<String>), HostError> {
         let failures = if fix { self.mend().await? } else { Vec::new() };
         let found = self.plane().inspect(&Scope::All).await?;
-        Ok((diagnose(&self.desired().wanted(), &found), failures))
+        let mut findings = diagnose(&self.desired().wanted(), &found);
+        findings.extend(self.plane().troubles().into_iter().map(|trouble| Finding {
+            condition: Condition::Damaged,
+            kind: trouble.kind,
+            name: trouble.name,
+            why: trouble.why,
+        }));
+        Ok((findings, failures))
     }
 
     async fn mend(&self) -> Result<Vec<String>, HostError> {

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use treeboot_types::{Digest, VmName};
 
 use super::{
-    Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope,
+    Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
+    Scope, Trouble,
 };
 use crate::stack::{Found, Step};
 
@@ -96,6 +97,10 @@ impl Plane for FaultyPlane {
 
     fn disk_place(&self, vm: &VmName) -> Result<DiskPlace, PlaneError> {
         self.inner.disk_place(vm)
+    }
+
+    fn troubles(&self) -> Vec<Trouble> {
+        self.inner.troubles()
     }
 
     fn take_faults(&self) -> Vec<ParentFault> {

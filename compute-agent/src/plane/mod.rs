@@ -252,6 +252,17 @@ pub struct ParentFault {
     pub count: u64,
 }
 
+/// Something that does not work as it was set, while reads and writes go on without it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Trouble {
+    /// What kind of thing it is, in the words of the doctor.
+    pub kind: &'static str,
+    /// Which.
+    pub name: String,
+    /// What is wrong, what is done instead, and what to do.
+    pub why: String,
+}
+
 /// How blocks move on a host.
 ///
 /// Every operation may be called at any time and from many tasks; operations on different contents and VMs do not
@@ -295,6 +306,11 @@ pub trait Plane: Send + Sync + 'static {
                 source: Box::<treeboot_types::IscsiUrlError>::new(source),
             }),
         }
+    }
+
+    /// What does not work as it was set at the moment, for a person.
+    fn troubles(&self) -> Vec<Trouble> {
+        Vec::new()
     }
 
     /// What parents did wrong since the last call.

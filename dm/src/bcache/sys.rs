@@ -212,6 +212,20 @@ impl Bcache {
         self.settled("stop a device", &folder, |folder| !folder.exists())
     }
 
+    /// Lets the kernel give the set up at its next I/O error, as it would by itself with its defaults. For a set that nobody reads from
+    /// any more: its garbage collection goes round for ever in a tree that cannot be written (`bch_btree_gc`, 6.1), and only a set that
+    /// was given up ends it. Nothing is done where the set does not run.
+    ///
+    /// # Errors
+    /// [`BcacheError::File`].
+    pub fn let_fail(&self, set: Uuid) -> Result<(), BcacheError> {
+        if !self.has_set(set) {
+            return Ok(());
+        }
+        let file = self.set_folder(set).join("io_error_limit");
+        self.write("let a set fail", &file, "1")
+    }
+
     /// Ends the set: all is written, the cache device is let go. Backing devices must be stopped before.
     ///
     /// # Errors

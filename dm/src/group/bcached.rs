@@ -17,7 +17,8 @@ use super::Range;
 use super::error::{GroupError, io_error};
 use super::open::{Group, Health, cache_superblock};
 use crate::bcache::{BackingSuperblock, Bcache, DATA_OFFSET, SUPERBLOCK, SUPERBLOCK_BYTES, Uuid};
-use crate::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Table, Target, loops};
+use crate::table::Multipath;
+use crate::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Status, Table, Target, loops};
 
 /// How a content's superblock file ends; before it stands the digest.
 const SUFFIX: &str = ".superblock";
@@ -32,14 +33,26 @@ const ERRORS: u64 = 8;
 /// Makes the set, or takes over the one that runs.
 pub(super) fn start(group: &Group, is_new: bool) -> Result<(), GroupError> {
     let bcache = Bcache::new()?;
-    let path = Mapper::path(&DmDevice::CacheData);
     if is_new {
         let superblock = cache_superblock(group)?.encode();
-        write_superblock(&path, &superblock)?;
+        write_superblock(&Mapper::path(&DmDevice::CacheData), &superblock)?;
     }
-    let number = group.number(&DmDevice::CacheData)?;
-    if !bcache.has_set(group.life()) {
-        bcache.register(number, &path)?;
+    let guard = DmDevice::CacheGuard;
+    let runs = bcache.has_set(group.life());
+    if runs && group.mapper.find(&guard)?.is_none() {
+        // Of an agent before there were guards.
+        return Err(GroupError::Other {
+            folder: group.folder.clone(),
+        });
+    }
+    let data = group.number(&DmDevice::CacheData)?;
+    let table = Table::whole(
+        group.layout.data.length(),
+        Target::Multipath(Multipath::in_turn(&[data])),
+    )?;
+    group.mapper.ensure(&guard, &table, Mode::ReadWrite)?;
+    if !runs {
+        bcache.register(group.number(&guard)?, &Mapper::path(&guard))?;
     }
     Ok(())
 }
@@ -88,17 +101,13 @@ pub(super) fn add(
     bcache.register(below, &Mapper::path(&device))?;
     bcache.attach(below, group.life())?;
     bcache.tune(below)?;
-    Ok(Table::whole(
-        range.length,
-        Target::Linear {
-            device: number(group, &content)?,
-            offset,
-        },
-    )?)
+    let cached = number(group, &content)?;
+    super::served(&group.mapper, content, cached, verity, range.length)
 }
 
 /// Out for ever.
 pub(super) fn remove(group: &Group, content: &Digest) -> Result<(), GroupError> {
+    group.mapper.remove(&DmDevice::Served(*content))?;
     if let Some(below) = group.mapper.number(&DmDevice::Backing(*content))? {
         Bcache::new()?.detach(below)?;
     }
@@ -127,6 +136,13 @@ pub(super) fn health(group: &Group) -> Result<Health, GroupError> {
         // Its bases go on, uncached, by themselves.
         return Ok(Health::Failed("bcache has given the cache set up".into()));
     }
+    let guard = group.mapper.status(&DmDevice::CacheGuard)?;
+    if guard
+        .iter()
+        .any(|line| matches!(&line.status, Status::Multipath(paths) if paths.paths_up() == 0))
+    {
+        return Ok(Health::Failed("the cache device had an I/O error".into()));
+    }
     match bcache.errors(group.life())? {
         errors if errors >= ERRORS => Ok(Health::Failed(format!(
             "the cache device has had {errors} I/O errors"
@@ -137,6 +153,10 @@ pub(super) fn health(group: &Group) -> Result<Health, GroupError> {
 
 /// Stops all that is left of a group, whose state may be lost.
 pub(super) fn discard(mapper: &Mapper, folder: &Path, life: Option<Uuid>) -> Result<(), GroupError> {
+    if let (Some(life), Ok(bcache)) = (life, Bcache::new()) {
+        // A set that has just given itself up takes no more orders.
+        let _ = bcache.let_fail(life);
+    }
     for seen in mapper.list()? {
         if let DmDevice::Backing(content) = seen.device {
             stop(mapper, folder, &content)?;
@@ -152,7 +172,9 @@ pub(super) fn discard(mapper: &Mapper, folder: &Path, life: Option<Uuid>) -> Res
 /// Ends the set, until its device can be removed.
 pub(super) fn end_set(mapper: &Mapper, bcache: &Bcache, life: Uuid) -> Result<(), GroupError> {
     bcache.end_set(life)?;
-    let_go(mapper, &DmDevice::CacheData)
+    let_go(mapper, &DmDevice::CacheGuard)?;
+    mapper.remove(&DmDevice::CacheGuard)?;
+    Ok(())
 }
 
 /// bcache lets go of a device some time after it is gone from sysfs. One that somebody else holds shows when it is to be
@@ -184,6 +206,7 @@ pub(super) fn forget_superblocks(folder: &Path) {
 }
 
 fn stop(mapper: &Mapper, folder: &Path, content: &Digest) -> Result<(), GroupError> {
+    mapper.remove(&DmDevice::Served(*content))?;
     let device = DmDevice::Backing(*content);
     if let Some(below) = mapper.number(&device)? {
         Bcache::new()?.stop(below)?;

@@ -75,17 +75,22 @@ pub(super) fn add(
     present.retain(|(other, _, _)| *other != content);
     present.push((content, range, verity));
     load_origins(group, &present)?;
-    let device = group.number(&DmDevice::CacheGroup)?;
-    Ok(Table::whole(
+    let device = DmDevice::Cached(content);
+    let table = Table::whole(
         range.length,
         Target::Linear {
-            device,
+            device: group.number(&DmDevice::CacheGroup)?,
             offset: range.start,
         },
-    )?)
+    )?;
+    group.mapper.ensure(&device, &table, Mode::ReadOnly)?;
+    let cached = group.number(&device)?;
+    super::served(&group.mapper, content, cached, verity, range.length)
 }
 
 pub(super) fn take_out(group: &Group, content: &Digest, range: Range) -> Result<(), GroupError> {
+    group.mapper.remove(&DmDevice::Served(*content))?;
+    group.mapper.remove(&DmDevice::Cached(*content))?;
     let mut present = present(group)?;
     if !present.iter().any(|(other, _, _)| other == content) {
         return Ok(());

@@ -72,6 +72,20 @@ pub enum GroupError {
     },
 }
 
+impl GroupError {
+    /// Whether this life of the cache has no place left for one more content: a rebuild makes room.
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Place { source, .. } => *source == RangeError::Exhausted,
+            // The kernel says EINVAL for this and for much else; its log tells them apart.
+            Self::Bcache(BcacheError::File { reason, .. }) => {
+                reason.iter().any(|line| line.contains("no room for UUID"))
+            }
+            _ => false,
+        }
+    }
+}
+
 /// An [`io::Error`] with what was to be done.
 pub(super) fn io_error(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> GroupError {
     let path = path.into();

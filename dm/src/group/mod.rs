@@ -8,12 +8,16 @@
 //! | --- | --- | --- |
 //! | what a read caches | what it read, at once; some is missed at full speed | nothing; only the filler caches |
 //! | the filler | reads through it, paced | reads from verity once, writes whole blocks through the cache; the writes to the image vanish below (`Target::DropWrites`) |
-//! | cache device fails | each read goes on to the parents; [`Group::health`] sees it | reads of cached blocks **fail** until the base has the table of [`uncached`] |
+//! | cache device fails | each read goes on to verity and the parents; [`Group::health`] sees it | the same |
 //! | devices added | rebuild | in use, by opening the group again with more devices |
 //! | images in a cache's life | 512 (buckets of 64 KiB) to 4,096 (512 KiB) | 140,000 of 15 GB |
 //!
 //! **A rebuild**, for devices taken away, a failed cache or no place left: give every base the table of [`uncached`], which its
 //! users do not notice, then [`Group::discard`], then open it again and add the contents anew.
+//!
+//! **A cache that fails is passed over by the kernel.** Below a base is a dm-multipath of two devices that hold the same bytes, the
+//! cache's and verity's. And under bcache lies a dm-multipath of one path, which takes the cache devices away at their first error: bcache counts
+//! what it could not write as cached where the error comes at once (seen on 6.1), and would serve what lay there before.
 //!
 //! **A cache that may be stale is thrown away.** Neither kind promises that a block whose address is on the disk has its bytes
 //! there too when the power goes, so a cache that was not closed before its machine restarted is begun anew.
@@ -34,11 +38,15 @@ mod label;
 #[cfg(feature = "kernel-plane")]
 mod open;
 mod pace;
+#[cfg(feature = "kernel-plane")]
+mod probe;
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::{DeviceNumber, Sectors, Table, TableError, Target};
+#[cfg(feature = "kernel-plane")]
+use crate::{DmDevice, Mapper, Mode, table::Multipath};
 #[cfg(feature = "kernel-plane")]
 pub use error::GroupError;
 #[cfg(feature = "kernel-plane")]
@@ -48,6 +56,8 @@ pub use open::{CacheDevice, Config, Group, Health};
 pub use pace::Pace;
 pub use ranges::{Range, RangeError, Ranges, SPACE};
 pub use state::{State, StateError, StateFile};
+#[cfg(feature = "kernel-plane")]
+use treeboot_types::Digest;
 
 /// Unit of caching of the dm-cache kind, 64 KiB: that of the user plane's chunks.
 pub const BLOCK: Sectors = Sectors(128);
@@ -84,6 +94,26 @@ impl FromStr for Kind {
             "dm-cache" => Ok(Self::DmCache),
             _ => Err(KindError(text.into())),
         }
+    }
+}
+
+/// Makes the device that reads from `cached` and, from its first error on, from the verity device, which has the same bytes: no read
+/// fails because the cache does. [`Group::reinstate`] has it ask the cache again. It is not the base itself, because device-mapper never
+/// gives a multipath another target. Gives the table of a base over it.
+#[cfg(feature = "kernel-plane")]
+fn served(
+    mapper: &Mapper,
+    content: Digest,
+    cached: DeviceNumber,
+    verity: DeviceNumber,
+    length: Sectors,
+) -> Result<Table, GroupError> {
+    let device = DmDevice::Served(content);
+    let target = Target::Multipath(Multipath::in_turn(&[cached, verity]));
+    mapper.ensure(&device, &Table::whole(length, target)?, Mode::ReadOnly)?;
+    match mapper.number(&device)? {
+        Some(number) => Ok(uncached(number, length)?),
+        None => Err(GroupError::Absent(content)),
     }
 }
 

@@ -8,9 +8,10 @@ use treeboot_types::Digest;
 
 use super::error::{GroupError, io_error};
 use super::label::{self, BEGIN, Label};
+use super::probe::Probe;
 use super::{BLOCK, Filler, Kind, Range, Ranges, State, StateFile, bcached, dm_cached};
 use crate::bcache::{Bcache, CacheSuperblock, Uuid};
-use crate::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Table, Target};
+use crate::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Status, Table, Target};
 
 /// Below this no kind has room for anything.
 const LEAST: Sectors = Sectors(64 * 2048 + 8192);
@@ -51,6 +52,7 @@ pub struct Group {
     pub(super) folder: PathBuf,
     pub(super) state: StateFile,
     pub(super) layout: Layout,
+    probe: Probe,
 }
 
 /// Where on the devices what is.
@@ -104,6 +106,7 @@ impl Group {
             folder: config.folder.clone(),
             state,
             layout,
+            probe: Probe::default(),
         };
         group.change(|state| {
             state.boot = boot;
@@ -191,15 +194,48 @@ impl Group {
         Filler::open(self, content, range, verity, through)
     }
 
-    /// Whether it serves.
+    /// Whether it serves: what the kernel says, and whether its devices can be read. To be asked every second or so.
     ///
     /// # Errors
     /// [`GroupError`]: the kernel could not be asked.
     pub fn health(&self) -> Result<Health, GroupError> {
-        match self.kind() {
-            Kind::DmCache => dm_cached::health(self),
-            Kind::Bcache => Ok(bcached::health(self)?),
+        let health = match self.kind() {
+            Kind::DmCache => dm_cached::health(self)?,
+            Kind::Bcache => bcached::health(self)?,
+        };
+        Ok(match health {
+            Health::Good => match self.probe.look(self.kind(), &self.layout) {
+                Some(why) => Health::Failed(why),
+                None => Health::Good,
+            },
+            failed @ Health::Failed(_) => failed,
+        })
+    }
+
+    /// Has what is below the base of a content ask again whatever it gave up after an error: the cache, and verity, behind which no
+    /// parent may have answered for too long. Until then all its reads fail where it gave up both. Says whether it gave up the cache
+    /// alone. Nothing is done where the content is not cached.
+    ///
+    /// # Errors
+    /// [`GroupError::Mapper`].
+    pub fn reinstate(mapper: &Mapper, content: &Digest) -> Result<bool, GroupError> {
+        let device = DmDevice::Served(*content);
+        if mapper.find(&device)?.is_none() {
+            return Ok(false);
         }
+        let mut up = Vec::new();
+        for line in mapper.status(&device)? {
+            let Status::Multipath(status) = line.status else {
+                continue;
+            };
+            for path in status.groups.iter().flat_map(|group| &group.paths) {
+                up.push(path.up);
+                if !path.up {
+                    mapper.message(&device, Sectors(0), &format!("reinstate_path {}", path.device))?;
+                }
+            }
+        }
+        Ok(up == [false, true])
     }
 
     /// Contents that have a place, with their ranges. Whether each is in use, only the kernel knows.
@@ -240,9 +276,20 @@ impl Group {
         let life = found.map(|file| file.state().life);
         StateFile::forget(folder).map_err(io_error("forget the state in", folder))?;
         super::fill::forget_all(folder);
+        let seen = mapper.list()?;
+        let served = seen
+            .iter()
+            .filter(|seen| matches!(seen.device, DmDevice::Served(_)));
+        let cached = seen
+            .iter()
+            .filter(|seen| matches!(seen.device, DmDevice::Cached(_)));
+        for seen in served.chain(cached) {
+            mapper.remove(&seen.device)?;
+        }
         mapper.remove(&DmDevice::CacheGroup)?;
         mapper.remove(&DmDevice::Origins)?;
         bcached::discard(mapper, folder, life)?;
+        mapper.remove(&DmDevice::CacheGuard)?;
         mapper.remove(&DmDevice::CacheData)?;
         mapper.remove(&DmDevice::CacheMetadata)?;
         Ok(())

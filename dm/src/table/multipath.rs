@@ -14,6 +14,8 @@ pub struct Multipath {
     /// Requests wait while no path is up, instead of failing. Whoever sets it must end the waiting in time
     /// (message `fail_if_no_path`).
     pub queue_if_no_path: bool,
+    /// Over devices that take no requests, only I/O as it comes, as all of device-mapper's own and bcache's (`queue_mode bio`).
+    pub bio_based: bool,
     /// The groups; the first with a path that is up is used.
     pub groups: Vec<PathGroup>,
     /// Group to begin with, counted from 1; 0 where there are no groups.
@@ -64,11 +66,34 @@ impl PathSelector {
 }
 
 impl Multipath {
+    /// Devices of device-mapper or bcache that hold the same bytes: the first serves until it fails, then the next, and one that has
+    /// failed is not asked again until it is reinstated.
+    pub fn in_turn(devices: &[DeviceNumber]) -> Self {
+        let groups = devices.iter().map(|&device| PathGroup {
+            selector: PathSelector::RoundRobin,
+            paths: vec![Path {
+                device,
+                throughput: 1,
+            }],
+        });
+        Self {
+            queue_if_no_path: false,
+            bio_based: true,
+            groups: groups.collect(),
+            first_group: u32::from(!devices.is_empty()),
+        }
+    }
+
     pub(super) fn parse(tokens: &mut Tokens<'_>) -> Result<Self, TableError> {
-        let mut queue_if_no_path = false;
-        for feature in tokens.list("features")? {
-            match feature {
+        let (mut queue_if_no_path, mut bio_based) = (false, false);
+        let features = tokens.list("features")?;
+        let mut words = features.iter();
+        while let Some(word) = words.next() {
+            match *word {
                 "queue_if_no_path" => queue_if_no_path = true,
+                // The kernel says so of all that are based on bios, and takes it from nobody.
+                "retain_attached_hw_handler" => {}
+                "queue_mode" if words.next() == Some(&"bio") => bio_based = true,
                 other => return Err(tokens.invalid("multipath feature", other)),
             }
         }
@@ -82,6 +107,7 @@ impl Multipath {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             queue_if_no_path,
+            bio_based,
             groups,
             first_group,
         })
@@ -126,10 +152,12 @@ impl Path {
 
 impl fmt::Display for Multipath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let features = if self.queue_if_no_path {
-            "1 queue_if_no_path"
-        } else {
-            "0"
+        // In the kernel's order.
+        let features = match (self.queue_if_no_path, self.bio_based) {
+            (false, false) => "0",
+            (true, false) => "1 queue_if_no_path",
+            (false, true) => "2 queue_mode bio",
+            (true, true) => "3 queue_if_no_path queue_mode bio",
         };
         write!(f, "{features} 0 {} {}", self.groups.len(), self.first_group)?;
         for PathGroup { selector, paths } in &self.groups {

@@ -27,9 +27,11 @@ fn multipath() -> impl Strategy<Value = Target> {
             })
             .collect(),
     });
-    (any::<bool>(), vec(group, 0..4), any::<u32>()).prop_map(|(queue_if_no_path, groups, first_group)| {
+    (any::<[bool; 2]>(), vec(group, 0..4), any::<u32>()).prop_map(|(features, groups, first_group)| {
+        let [queue_if_no_path, bio_based] = features;
         Target::Multipath(Multipath {
             queue_if_no_path,
+            bio_based,
             groups,
             first_group,
         })
@@ -167,6 +169,7 @@ fn lines_as_the_kernel_reports_them_print_again_byte_for_byte() {
         "0 8 error",
         "0 8 zero",
         "0 2048 flakey 7:0 384 0 4294967295 1 drop_writes",
+        "0 131072 multipath 2 queue_mode bio 0 2 1 round-robin 0 1 1 254:3 1 round-robin 0 1 1 254:2 1",
         "0 131072 multipath 1 queue_if_no_path 0 2 1 round-robin 0 2 1 8:16 1 8:32 1 round-robin 0 1 1 8:48 1",
         "0 131072 multipath 0 0 1 1 service-time 0 2 2 8:16 1 1 8:32 1 2",
         "0 131072 multipath 0 0 1 1 queue-length 0 1 1 8:16 1",
@@ -232,6 +235,11 @@ fn what_the_kernel_reports_of_its_own_makes_no_difference() {
         "0 64 multipath 1 queue_if_no_path 0 2 1 {groups}"
     ))));
     assert!(!wanted.same_mapping(&parse("0 64 zero")));
+    let told = "0 64 multipath 3 retain_attached_hw_handler queue_mode bio 0 1 1 round-robin 0 1 1 254:3 1 ";
+    assert_eq!(
+        parse(told),
+        parse("0 64 multipath 2 queue_mode bio 0 1 1 round-robin 0 1 1 254:3 1")
+    );
     let snapshot = parse("0 64 snapshot 7:0 7:1 P 8");
     assert!(snapshot.same_mapping(&parse("0 64 snapshot 7:0 7:1 P 32")));
     assert!(!snapshot.same_mapping(&parse("0 64 snapshot 7:0 7:2 P 8")));

@@ -12,5 +12,6 @@ mod harness;
 mod iscsi_suite;
 mod kernel_initiator;
 mod names;
+mod sectors;
 mod striped;
 mod support;

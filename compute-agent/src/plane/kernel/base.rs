@@ -131,8 +131,14 @@ pub(super) fn tear_down(sys: &Sys, digest: &Digest) -> Result<(), PlaneError> {
         sys.remove(device)?;
     }
     cached::release(sys, digest)?;
+    let of_group = |device: &DmDevice| {
+        matches!(
+            device,
+            DmDevice::Backing(_) | DmDevice::Cached(_) | DmDevice::Served(_)
+        )
+    };
     let below = devices.iter().rev().filter(|device| !above(device));
-    for device in below.filter(|device| !matches!(device, DmDevice::Backing(_))) {
+    for device in below.filter(|device| !of_group(device)) {
         sys.remove(device)?;
     }
     for backing in [Backing::Cache, Backing::Store] {
@@ -153,10 +159,13 @@ pub(super) fn content_of(device: &DmDevice) -> Option<&Digest> {
         | DmDevice::Switch(digest)
         | DmDevice::Verity(digest)
         | DmDevice::Backing(digest)
+        | DmDevice::Cached(digest)
+        | DmDevice::Served(digest)
         | DmDevice::Base(digest)
         | DmDevice::Export(digest) => Some(digest),
         DmDevice::Origins
         | DmDevice::CacheData
+        | DmDevice::CacheGuard
         | DmDevice::CacheMetadata
         | DmDevice::CacheGroup
         | DmDevice::Disk(_) => None,

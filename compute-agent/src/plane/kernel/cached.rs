@@ -7,7 +7,7 @@
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use nix::sys::stat::{major, minor};
 use parking_lot::Mutex;
@@ -16,6 +16,7 @@ use treeboot_dm::{DeviceNumber, DmDevice, Mode, Sectors, loops};
 use treeboot_types::Digest;
 
 use super::record::{self, BaseRecord, names};
+use super::serving::{Phase, Serving, Use, Why};
 use super::sys::{Sys, attach, detach, loop_error, mapper_error, record_error};
 use super::tables::SECTOR;
 use super::{base, failed};
@@ -24,6 +25,8 @@ use crate::stack::Backing;
 
 /// The folder of the group's state, below the records.
 const FOLDER: &str = "group";
+/// So often a base may give the cache up, and not its parents, before the cache counts as failed.
+const STRIKES: u32 = 8;
 /// The cache device that is made where none is given, below the cache directory.
 const FILE: &str = "cache-device";
 
@@ -45,15 +48,8 @@ pub struct CacheSettings {
 pub(super) struct Cached {
     /// Held by threads that may block, never by a task.
     group: Mutex<Option<Group>>,
-    /// It has failed, and is not used again for as long as this process lives.
-    broken: AtomicBool,
-}
-
-impl Cached {
-    /// Whether it has failed.
-    pub(super) fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Relaxed)
-    }
+    /// Whether it serves.
+    pub(super) serving: Serving,
 }
 
 fn group_error(error: GroupError) -> PlaneError {
@@ -74,7 +70,7 @@ impl Sys {
         let missing = || PlaneError::Missing {
             what: "the cache group".into(),
         };
-        if self.cached.is_broken() {
+        if !self.cached.serving.serves() {
             return Err(missing());
         }
         if group.is_none() {
@@ -151,7 +147,11 @@ impl Sys {
         Ok(seen.iter().any(|seen| {
             matches!(
                 seen.device,
-                DmDevice::Origins | DmDevice::CacheData | DmDevice::CacheMetadata | DmDevice::CacheGroup
+                DmDevice::Origins
+                    | DmDevice::CacheData
+                    | DmDevice::CacheMetadata
+                    | DmDevice::CacheGuard
+                    | DmDevice::CacheGroup
             )
         }))
     }
@@ -182,15 +182,20 @@ fn cache_device(path: &Path) -> Result<CacheDevice, PlaneError> {
     })
 }
 
-/// Takes a content in and moves its base over to the cache; gives what fills it.
-pub(super) fn take_in(sys: &Sys, base: &BaseRecord) -> Result<Filler, PlaneError> {
+/// Takes a content in and moves its base over to the cache; gives what fills it, to be dropped when the group no longer serves.
+pub(super) fn take_in(sys: &Sys, base: &BaseRecord) -> Result<(Filler, Use), PlaneError> {
     let digest = base.content.digest;
     let mut group = sys.cached.group.lock();
     let group = sys.opened(&mut group)?;
     let verity = sys.number(&DmDevice::Verity(digest))?;
-    let table = group.add(digest, verity, sectors(base)).map_err(group_error)?;
+    let added = group.add(digest, verity, sectors(base));
+    if added.as_ref().is_err_and(GroupError::is_full) {
+        sys.cached.serving.note_full();
+    }
+    let table = added.map_err(group_error)?;
     sys.ensure(&DmDevice::Base(digest), &table, Mode::ReadOnly)?;
-    group.filler(&digest, verity).map_err(group_error)
+    let filler = group.filler(&digest, verity).map_err(group_error)?;
+    Ok((filler, sys.cached.serving.used()))
 }
 
 /// Takes a content out for now, its base being gone; what is cached of it is kept.
@@ -207,9 +212,10 @@ pub(super) fn release(sys: &Sys, digest: &Digest) -> Result<(), PlaneError> {
     if !there {
         return Ok(());
     }
-    if sys.settings.group.is_none() {
-        // Made by an agent that was told to cache.
+    if sys.settings.group.is_none() || !sys.cached.serving.serves() {
+        // Made by an agent that was told to cache, or being left.
         sys.bypass()?;
+        *group = None;
         return Group::discard(&sys.mapper, &sys.group_folder()).map_err(group_error);
     }
     sys.opened(&mut group)?.release(digest).map_err(group_error)
@@ -258,24 +264,55 @@ fn throw_away(sys: &Sys, group: &mut Option<Group>) -> Result<(), PlaneError> {
     record::gone(std::fs::remove_dir_all(&folder)).map_err(record_error)
 }
 
-/// Looks whether the group still serves; where it does not, every base goes past it, and it is not used again before the agent's
-/// next start. `true`: it has just failed, and who fills must let go of it: call this again then.
-pub(super) fn watch(sys: &Sys) -> Result<bool, PlaneError> {
-    let mut group = sys.cached.group.lock();
-    let Some(open) = &*group else {
-        return Ok(false);
-    };
-    if !sys.cached.is_broken() {
-        let Health::Failed(why) = open.health().map_err(group_error)? else {
-            return Ok(false);
-        };
-        tracing::error!(%why, "the cache has failed; reads go to the parents from now on");
-        sys.cached.broken.store(true, Ordering::Relaxed);
-        sys.bypass()?;
-        return Ok(true);
+/// Has every base ask again what it gave up; gives how many had given up the cache alone.
+fn reinstate(sys: &Sys, group: &Group) -> Result<u32, PlaneError> {
+    let mut strikes = 0;
+    for (content, _) in group.contents() {
+        strikes += u32::from(Group::reinstate(&sys.mapper, content).map_err(group_error)?);
     }
-    sys.bypass()?;
-    *group = None;
-    Group::discard(&sys.mapper, &sys.group_folder()).map_err(group_error)?;
-    Ok(false)
+    Ok(strikes)
+}
+
+/// Looks whether the group still serves. Where it does not, every base goes past it at once, and when those who fill it have let go
+/// of it, it is thrown away: one that failed for as long as this process lives, one that is full to be begun anew. To be called
+/// again and again.
+pub(super) fn watch(sys: &Sys) -> Result<(), PlaneError> {
+    let mut group = sys.cached.group.lock();
+    let serving = &sys.cached.serving;
+    match (serving.phase(), &*group) {
+        (Phase::Serves, Some(open)) => {
+            let why = match open.health().map_err(group_error)? {
+                Health::Failed(why) => {
+                    tracing::error!(%why, "the cache has failed; reads go to the parents from now on");
+                    Why::Failed(why)
+                }
+                Health::Good if serving.is_due(Instant::now()) => {
+                    tracing::warn!("the cache has no place left for one more image; it is begun anew");
+                    Why::Full
+                }
+                Health::Good => match reinstate(sys, open)? {
+                    strikes if strikes > 0 && serving.strike(strikes) >= STRIKES => {
+                        let why = format!("{STRIKES} times it could not be read, and the parents could");
+                        tracing::error!(%why, "the cache has failed; reads go to the parents from now on");
+                        Why::Failed(why)
+                    }
+                    _ => return Ok(()),
+                },
+            };
+            serving.leave(why);
+            sys.bypass()
+        }
+        (Phase::Leaves(_), _) => {
+            sys.bypass()?;
+            if !serving.is_let_go() {
+                return Ok(());
+            }
+            *group = None;
+            Group::discard(&sys.mapper, &sys.group_folder()).map_err(group_error)?;
+            serving.left(Instant::now());
+            tracing::info!("the cache group was thrown away");
+            Ok(())
+        }
+        (Phase::Serves | Phase::Off(_), _) => Ok(()),
+    }
 }

@@ -1,4 +1,5 @@
-//! One task for each base that is cached: it takes the base over to the cache once a parent is up, and brings the image in.
+//! One task for each base that is cached: it takes the base over to the cache once a parent is up, and brings the image in; again
+//! where the cache is begun anew. When the cache is being left, it lets go of it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +13,7 @@ use treeboot_dm::group::{FillError, Filler, Kind, Pace};
 use super::cached;
 use super::feed::Feed;
 use super::record::BaseRecord;
+use super::serving::Use;
 use super::sys::{Sys, within};
 use crate::host::chain;
 use crate::plane::PlaneError;
@@ -84,7 +86,17 @@ struct Work {
 
 impl Work {
     async fn run(self) {
-        while !self.stop.is_cancelled() && !self.sys.cached.is_broken() {
+        self.keep().await;
+        // What is closed is nobody's trouble any more.
+        self.sys.cached.serving.tell(self.base.content.digest, None);
+    }
+
+    async fn keep(&self) {
+        while !self.stop.is_cancelled() {
+            if !self.serves() {
+                self.pause(LOOK_EVERY).await;
+                continue;
+            }
             match self.feed.upgrade() {
                 None => return,
                 Some(feed) if !feed.is_up() => {
@@ -100,8 +112,16 @@ impl Work {
             })
             .await
             {
-                Ok(filler) => return self.fill(filler).await,
+                Ok((filler, used)) => {
+                    self.sys.cached.serving.tell(self.base.content.digest, None);
+                    self.fill(filler, used).await;
+                    self.pause_while_it_serves(Duration::MAX).await;
+                }
+                // It is being left, by nobody's fault.
+                Err(_) if !self.serves() => {}
                 Err(error) => {
+                    let why = chain(&error);
+                    self.sys.cached.serving.tell(self.base.content.digest, Some(why));
                     tracing::warn!(
                         content = %self.base.content.digest.short(), error = %chain(&error),
                         "the content is not cached; tried again"
@@ -113,7 +133,7 @@ impl Work {
     }
 
     /// Two rounds for bcache, which misses some at its first reading; one for dm-cache.
-    async fn fill(&self, mut filler: Filler) {
+    async fn fill(&self, mut filler: Filler, _used: Use) {
         let Some(settings) = self.sys.settings.group.as_ref() else {
             return;
         };
@@ -132,7 +152,7 @@ impl Work {
             }
             let mut next = 0;
             while let Some(chunk) = filler.missing(next..filler.chunks()) {
-                if self.stop.is_cancelled() || self.sys.cached.is_broken() {
+                if self.stop.is_cancelled() || !self.serves() {
                     let _ = filler.save();
                     return;
                 }
@@ -159,12 +179,24 @@ impl Work {
                             content = %self.base.content.digest.short(), error = %chain(&error),
                             "a chunk was not brought in; tried again"
                         );
-                        self.pause(RETRY).await;
+                        self.pause_while_it_serves(RETRY).await;
                     }
                 }
             }
             // What cannot be saved is read once more after a restart.
             let _ = filler.save();
+        }
+    }
+
+    fn serves(&self) -> bool {
+        self.sys.cached.serving.serves()
+    }
+
+    /// Whoever waits longer than a moment looks whether the cache is being left.
+    async fn pause_while_it_serves(&self, time: Duration) {
+        let begun = Instant::now();
+        while self.serves() && !self.stop.is_cancelled() && begun.elapsed() < time {
+            self.pause(LOOK_EVERY.min(time)).await;
         }
     }
 

@@ -18,6 +18,7 @@ mod links;
 mod look;
 mod needs;
 mod record;
+mod serving;
 mod stats;
 mod steps;
 mod sys;
@@ -40,7 +41,8 @@ use treeboot_iscsi::open_iscsi::OpenIscsi;
 use treeboot_types::{Digest, HostName, Iqn, VERITY_BLOCK_BYTES, VmName};
 
 use super::{
-    Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope,
+    Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
+    Scope, Trouble,
 };
 use crate::stack::{Backing, Found, Step};
 use disks::Growth;
@@ -57,10 +59,10 @@ pub use needs::{Need, NeedError};
 const READABLE_LIMIT: Duration = Duration::from_secs(10);
 /// Stripes are read apart by as many multipath devices.
 const MAX_STRIPES: u32 = 16;
-/// Between two looks at how full the deltas are.
-const DELTAS_EVERY: Duration = Duration::from_secs(1);
-/// Between two looks at the cache: with kind dm-cache reads fail between its failure and the look.
-const CACHE_EVERY: Duration = Duration::from_millis(500);
+/// Between two looks at how full the deltas are: a VM that writes more than half a step between two looks loses its disk.
+const DELTAS_EVERY: Duration = Duration::from_millis(200);
+/// Between two looks at the cache: where a base gave up both the cache and its parents, its reads fail until the look.
+const CACHE_EVERY: Duration = Duration::from_millis(250);
 /// How long reads wait while no parent answers, unless it is set: longer than a parent's restart, shorter than the 120 s after which the
 /// kernel calls a task hung.
 pub const QUEUE_LIMIT: Duration = Duration::from_secs(60);
@@ -133,7 +135,7 @@ pub struct KernelPlane {
     sys: Arc<Sys>,
     portal: String,
     feeds: Mutex<HashMap<Digest, Arc<Feed>>>,
-    keepers: Arc<Mutex<HashMap<Digest, Keeper>>>,
+    keepers: Mutex<HashMap<Digest, Keeper>>,
     bases: Mutex<HashSet<Digest>>,
     disks: Arc<Mutex<HashSet<VmName>>>,
     watchers: [AbortHandle; 2],
@@ -186,16 +188,15 @@ impl KernelPlane {
             _lock: lock,
         });
         let disks = Arc::new(Mutex::new(HashSet::new()));
-        let keepers = Arc::<Mutex<HashMap<Digest, Keeper>>>::default();
         let watchers = [
             tokio::spawn(watch_deltas(Arc::clone(&sys), Arc::clone(&disks))).abort_handle(),
-            tokio::spawn(watch_cache(Arc::clone(&sys), Arc::clone(&keepers))).abort_handle(),
+            tokio::spawn(watch_cache(Arc::clone(&sys))).abort_handle(),
         ];
         let plane = Self {
             sys,
             portal,
             feeds: Mutex::default(),
-            keepers,
+            keepers: Mutex::default(),
             bases: Mutex::default(),
             disks,
             watchers,
@@ -292,25 +293,21 @@ fn lock() -> Result<Flock<File>, OpenError> {
     })
 }
 
-/// Looks whether the cache serves. One that has failed is let go of by those who fill it, then thrown away.
-async fn watch_cache(sys: Arc<Sys>, keepers: Arc<Mutex<HashMap<Digest, Keeper>>>) {
+/// Looks whether the cache serves; leaves it where it does not.
+async fn watch_cache(sys: Arc<Sys>) {
+    let mut said = None;
     loop {
         tokio::time::sleep(CACHE_EVERY).await;
         let looked = Arc::clone(&sys);
-        match within("looking at the cache", move || cached::watch(&looked)).await {
-            Ok(false) => {}
-            Ok(true) => {
-                let all: Vec<Keeper> = keepers.lock().drain().map(|(_, keeper)| keeper).collect();
-                for keeper in all {
-                    if let Err(error) = keeper.end().await {
-                        tracing::warn!(error = %crate::host::chain(&error), "the failed cache is still in use");
-                    }
-                }
-            }
-            Err(error) => {
-                tracing::warn!(error = %crate::host::chain(&error), "the cache was not looked at");
-            }
+        let error = within("looking at the cache", move || cached::watch(&looked))
+            .await
+            .err();
+        let error = error.map(|error| crate::host::chain(&error));
+        // Once, not twice a second.
+        if let Some(error) = error.as_ref().filter(|_| error != said) {
+            tracing::warn!(%error, "the cache was not looked at, or not left; tried again");
         }
+        said = error;
     }
 }
 
@@ -409,6 +406,17 @@ impl Plane for KernelPlane {
 
     fn disk_place(&self, vm: &VmName) -> Result<DiskPlace, PlaneError> {
         Ok(DiskPlace::Device(Mapper::path(&DmDevice::Disk(vm.clone()))))
+    }
+
+    fn troubles(&self) -> Vec<Trouble> {
+        let troubles = self.sys.cached.serving.troubles().into_iter();
+        troubles
+            .map(|(content, why)| Trouble {
+                kind: "cache",
+                name: content.map_or_else(|| "group".into(), |content| content.to_string()),
+                why,
+            })
+            .collect()
     }
 
     fn take_faults(&self) -> Vec<ParentFault> {

@@ -51,6 +51,7 @@ pub(super) fn multipath(
         sectors,
         Target::Multipath(Multipath {
             queue_if_no_path: true,
+            bio_based: false,
             first_group: u32::from(!groups.is_empty()),
             groups,
         }),

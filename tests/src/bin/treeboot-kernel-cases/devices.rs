@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use treeboot_block::storage::{FileStorage, OpenMode};
 use treeboot_block::verity::{VerityBuilder, VerityLayout};
+use treeboot_dm::group::CacheDevice;
 use treeboot_dm::loops::{self, LoopDevice};
 use treeboot_dm::table::{OnCorruption, Verity};
 use treeboot_dm::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Table, Target};
@@ -158,6 +159,55 @@ impl Image {
             }
         }
         Ok((unreadable, why))
+    }
+}
+
+/// A cache device that can be made to fail.
+pub(crate) struct Failing {
+    pub(crate) below: LoopDevice,
+    length: Sectors,
+}
+
+impl Failing {
+    pub(crate) fn make(bytes: u64) -> Result<Self> {
+        let below = empty_loop("cache", bytes)?;
+        let length = loops::size(&below.path)?;
+        let failing = Self { below, length };
+        let table = failing.table(&failing.whole());
+        command("dmsetup", &["create", FAILING, "--table", &table])?;
+        Ok(failing)
+    }
+
+    /// What it is as long as it does not fail.
+    pub(crate) fn whole(&self) -> String {
+        format!("linear {} 0", self.below.number)
+    }
+
+    fn table(&self, target: &str) -> String {
+        format!("0 {} {target}", self.length)
+    }
+
+    pub(crate) fn device(&self) -> Result<CacheDevice> {
+        let asked = ["info", "-c", "--noheadings", "-o", "major,minor", FAILING];
+        let number = command("dmsetup", &asked)?;
+        Ok(CacheDevice {
+            number: number.trim().parse().ok().context("no number")?,
+            length: self.length,
+        })
+    }
+
+    pub(crate) fn becomes(&self, target: &str) -> Result<()> {
+        // What is under way when it begins to fail must not be waited for.
+        command("dmsetup", &["suspend", "--nolockfs", FAILING])?;
+        command("dmsetup", &["reload", FAILING, "--table", &self.table(target)])?;
+        command("dmsetup", &["resume", FAILING]).map(drop)
+    }
+
+    /// Removes it, once nobody uses it.
+    pub(crate) fn remove(self) -> Result<()> {
+        command("dmsetup", &["remove", FAILING])?;
+        loops::detach(&self.below)?;
+        Ok(())
     }
 }
 

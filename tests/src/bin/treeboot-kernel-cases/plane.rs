@@ -1,14 +1,19 @@
 //! The kernel plane of the agent: the suite that every plane must pass.
 //!
-//! What takes longer is a group of its own, `plane-faults`, which is run by hand.
+//! What takes longer is a group of its own, `plane-faults`, which `cargo xtask soak kernel` runs.
 
+mod bad_input;
+mod caching;
+mod growing;
 mod killed;
 mod paths;
+mod reading;
 mod rig;
+mod sectors;
 mod strangers;
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use treeboot_agent::conformance;
@@ -39,7 +44,35 @@ pub(crate) const GROUP: Group = Group {
     sweep: super::devices::sweep,
 };
 
-/// The suite without a cache; and each step of building and of removing, failed and cut off.
+/// The cache of an agent that runs fails, or is full; and a disk with partitions is mounted.
+pub(crate) const CACHING: Group = Group {
+    name: "plane-cache",
+    cases: &[
+        ("the_agent_leaves_a_bcache_that_dies_while_it_is_filled", || {
+            case(caching::a_device_dies(Kind::Bcache, true))
+        }),
+        ("the_agent_leaves_a_dm_cache_whose_device_dies", || {
+            case(caching::a_device_dies(Kind::DmCache, false))
+        }),
+        ("a_full_bcache_is_begun_anew", || {
+            case(caching::no_place_left(Kind::Bcache))
+        }),
+        ("a_partition_in_units_of_512_bytes_is_mounted", || {
+            case(sectors::a_partition_in_units_of_512_bytes())
+        }),
+        ("what_a_host_lacks_is_named_with_the_command", || {
+            case(bad_input::what_a_host_lacks())
+        }),
+        ("an_image_of_half_a_block_is_refused", || {
+            case(bad_input::half_a_block())
+        }),
+    ],
+    helpers: &[("open", bad_input::open)],
+    sweep: super::devices::sweep,
+};
+
+/// The suite without a cache; more of what fails and changes under a cache; and each step of building and of removing, failed and cut
+/// off. `cargo xtask soak kernel` runs it.
 pub(crate) const FAULTS: Group = Group {
     name: "plane-faults",
     cases: &[
@@ -49,6 +82,25 @@ pub(crate) const FAULTS: Group = Group {
         ("an_agent_killed_20_times_leaves_nothing_unknown", || {
             case(killed::twenty_times())
         }),
+        ("the_agent_leaves_a_bcache_whose_device_dies", || {
+            case(caching::a_device_dies(Kind::Bcache, false))
+        }),
+        ("the_agent_leaves_a_dm_cache_that_dies_while_it_is_filled", || {
+            case(caching::a_device_dies(Kind::DmCache, true))
+        }),
+        ("bcache_on_several_devices_is_rebuilt_with_one_more", || {
+            case(caching::several_devices(Kind::Bcache))
+        }),
+        ("dm_cache_on_several_devices_grows_by_one_more", || {
+            case(caching::several_devices(Kind::DmCache))
+        }),
+        ("a_full_dm_cache_is_begun_anew", || {
+            case(caching::no_place_left(Kind::DmCache))
+        }),
+        (
+            "a_delta_grows_by_steps_under_writes",
+            || case(growing::by_steps()),
+        ),
         ("building_survives_an_error_at_every_step", || {
             faults(false, FaultMode::Error)
         }),
@@ -71,6 +123,21 @@ pub(crate) const FAULTS: Group = Group {
     helpers: &[("agent", killed::agent)],
     sweep: super::devices::sweep,
 };
+
+/// Whatever a case waits for comes within seconds, on a busy machine within ten times as many.
+const COMES_WITHIN: Duration = Duration::from_secs(90);
+
+/// Looks again and again until it is so.
+async fn until(what: &str, is_so: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(
+            begun.elapsed() < COMES_WITHIN,
+            "{what} did not come within {COMES_WITHIN:?}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
 
 /// Fewer steps than these and the scenario builds nothing.
 const LEAST_STEPS: usize = 7;

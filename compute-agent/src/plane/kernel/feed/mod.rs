@@ -5,6 +5,7 @@
 //! goes back to the parents once one of them is up, and ends the queueing of reads that no path can serve. It never fails because of
 //! one parent. Deliberately absent: the devices above multipath, but for the one that verity reads from.
 
+mod reads;
 mod seen;
 
 use std::collections::{HashMap, HashSet};
@@ -28,6 +29,7 @@ use super::tables::StripeDevices;
 use crate::host::chain;
 use crate::plane::PlaneError;
 use crate::stack::{Backing, PathTo, Sources};
+use reads::Reads;
 
 /// Between two looks at sessions and paths. A failed path is passed over by the kernel at once; this is how soon it is taken back.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -104,10 +106,7 @@ struct State {
     names: HashMap<Portal, SocketAddr>,
     paths: Vec<PathView>,
     down: HashMap<(u32, Portal), (Instant, bool)>,
-    /// Bytes read over devices that are gone.
-    past: (u64, u64),
-    /// What each device of a path had read when it was seen last.
-    read: HashMap<DeviceNumber, (bool, u64)>,
+    read: Reads,
 }
 
 impl State {

@@ -67,26 +67,10 @@ impl Feed {
                 portal: path.endpoint.portal.clone(),
             });
         }
-        let mut read = HashMap::new();
-        for path in &paths {
-            if let Some(device) = path.device
-                && let Some(counts) = block_counts(device)
-            {
-                read.insert(device, (path.active, counts.read_bytes));
-            }
-        }
-        for (device, (active, bytes)) in &state.read {
-            let lost = match read.get(device) {
-                Some((_, now)) if now >= bytes => 0,
-                _ => *bytes,
-            };
-            if *active {
-                state.past.0 += lost;
-            } else {
-                state.past.1 += lost;
-            }
-        }
-        state.read = read;
+        state.read.see(paths.iter().filter_map(|path| {
+            let device = path.device?;
+            Some((device, path.active, block_counts(device)?.read_bytes))
+        }));
         let now = Instant::now();
         let mut down = HashMap::new();
         for path in paths.iter().filter(|path| path.active && path.state != "up") {
@@ -121,16 +105,9 @@ impl Feed {
     /// Payload from parents and from fallbacks since the agent started keeping these paths.
     pub(in crate::plane::kernel) fn totals(&self) -> (u64, u64) {
         let state = self.state.lock();
-        let mut totals = state.past;
-        for (device, (active, seen)) in &state.read {
-            let bytes = block_counts(*device).map_or(*seen, |counts| counts.read_bytes.max(*seen));
-            if *active {
-                totals.0 += bytes;
-            } else {
-                totals.1 += bytes;
-            }
-        }
-        totals
+        state
+            .read
+            .totals(|device| block_counts(device).map(|counts| counts.read_bytes))
     }
 
     /// Why a content that cannot be read cannot.

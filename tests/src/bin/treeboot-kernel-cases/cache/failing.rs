@@ -3,63 +3,24 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
-use treeboot_dm::group::{self, CacheDevice, Group, Health, Kind};
-use treeboot_dm::loops::{self, LoopDevice};
-use treeboot_dm::{DeviceNumber, DmDevice, Mapper, Mode, Outcome, Sectors};
+use anyhow::{Result, ensure};
+use treeboot_dm::group::{self, Group, Health, Kind};
+use treeboot_dm::{DeviceNumber, DmDevice, Mapper, Mode, Outcome};
 
-use super::{BYTES_PER_SECOND, Bench, CACHE_BYTES, MIB};
-use crate::devices::{FAILING, Image, command, direct, empty_loop};
+use super::{BYTES_PER_SECOND, Bench, CACHE_BYTES, MIB, wait};
+use crate::devices::{FAILING, Failing, Image, command, direct, empty_loop};
 
 /// Three times down, at least.
 const FALTERS_FOR: Duration = Duration::from_secs(6);
 
+/// bcache's journal waits 100 ms for more to write.
+const SETTLES: Duration = Duration::from_secs(1);
+
 /// Time for some rounds of reads.
 const DEAD_FOR: Duration = Duration::from_secs(2);
 
-/// A cache device that can be made to fail.
-struct Failing {
-    below: LoopDevice,
-    length: Sectors,
-}
-
-impl Failing {
-    fn make() -> Result<Self> {
-        let below = empty_loop("cache", CACHE_BYTES)?;
-        let length = loops::size(&below.path)?;
-        let failing = Self { below, length };
-        let table = failing.table(&failing.whole());
-        command("dmsetup", &["create", FAILING, "--table", &table])?;
-        Ok(failing)
-    }
-
-    fn whole(&self) -> String {
-        format!("linear {} 0", self.below.number)
-    }
-
-    fn table(&self, target: &str) -> String {
-        format!("0 {} {target}", self.length)
-    }
-
-    fn device(&self) -> Result<CacheDevice> {
-        let asked = ["info", "-c", "--noheadings", "-o", "major,minor", FAILING];
-        let number = command("dmsetup", &asked)?;
-        Ok(CacheDevice {
-            number: number.trim().parse().ok().context("no number")?,
-            length: self.length,
-        })
-    }
-
-    fn becomes(&self, target: &str) -> Result<()> {
-        // What is under way when it begins to fail must not be waited for.
-        command("dmsetup", &["suspend", "--nolockfs", FAILING])?;
-        command("dmsetup", &["reload", FAILING, "--table", &self.table(target)])?;
-        command("dmsetup", &["resume", FAILING]).map(drop)
-    }
-}
-
 pub(super) fn a_cache_that_dies(kind: Kind) -> Result<()> {
-    let failing = Failing::make()?;
+    let failing = Failing::make(CACHE_BYTES)?;
     let mut bench = Bench::over(kind, vec![failing.device()?])?;
     let image = Image::make(&bench.mapper, 8 * MIB, 1)?;
     bench.add(&image)?;
@@ -115,7 +76,7 @@ pub(super) fn a_cache_that_dies_while_filled(kind: Kind) -> Result<()> {
 }
 
 fn fails_while_filled(kind: Kind, failure: fn(DeviceNumber) -> String, time: Duration) -> Result<()> {
-    let failing = Failing::make()?;
+    let failing = Failing::make(CACHE_BYTES)?;
     let mut bench = Bench::over(kind, vec![failing.device()?])?;
     let image = Image::make(&bench.mapper, 8 * MIB, 1)?;
     bench.add(&image)?;
@@ -151,6 +112,44 @@ fn fails_while_filled(kind: Kind, failure: fn(DeviceNumber) -> String, time: Dur
     Group::discard(&mapper, &config.folder)?;
     mapper.remove(&base)?;
     command("dmsetup", &["remove", FAILING]).map(drop)
+}
+
+/// A device that can be read and takes no writes, as a worn flash drive: what was not written must not count as cached.
+pub(super) fn a_cache_that_takes_no_writes(kind: Kind) -> Result<()> {
+    let failing = Failing::make(CACHE_BYTES)?;
+    let mut bench = Bench::over(kind, vec![failing.device()?])?;
+    let image = Image::make(&bench.mapper, 8 * MIB, 1)?;
+    bench.add(&image)?;
+    let base = DmDevice::Base(image.digest);
+    let mut filler = bench.group.filler(&image.digest, image.verity)?;
+    // Past what bcache writes of its own when a device is attached.
+    wait(SETTLES);
+    failing.becomes(&format!(
+        "flakey {} 0 0 {} 1 error_writes",
+        failing.below.number,
+        u32::MAX
+    ))?;
+    let mut not_filled = 0;
+    for chunk in 0..filler.chunks() {
+        not_filled += u64::from(filler.fill(chunk).is_err());
+    }
+    // A wrong block is an error of this call.
+    let (unreadable, _) = image.check_readable(&Mapper::path(&base))?;
+    println!(
+        "{kind}: of {} chunks {not_filled} could not be filled, {unreadable} blocks not be read",
+        filler.chunks()
+    );
+    if kind == Kind::Bcache {
+        goes_on_by_itself(&bench, &image, unreadable)?;
+    }
+    let uncached = group::uncached(image.verity, image.sectors())?;
+    bench.mapper.ensure(&base, &uncached, Mode::ReadOnly)?;
+    bench.check(&image)?;
+    drop(filler);
+    let Bench { mapper, config, .. } = bench;
+    Group::discard(&mapper, &config.folder)?;
+    mapper.remove(&base)?;
+    failing.remove()
 }
 
 /// What bcache cannot read from the cache it reads from below, and it says that there were errors.

@@ -23,6 +23,7 @@ pub(super) fn multipath(
 ) -> Target {
     Target::Multipath(Multipath {
         queue_if_no_path,
+        bio_based: false,
         groups: groups
             .iter()
             .map(|devices| PathGroup {

@@ -69,7 +69,7 @@ pub(super) fn agent(args: &[String]) -> Result<()> {
         .build()?;
     runtime.block_on(async {
         let applier = Applier {
-            plane: Arc::new(KernelPlane::open(rig::settings(dir, Some(Kind::Bcache)))?),
+            plane: Arc::new(KernelPlane::open(rig::settings(dir, &Some(Kind::Bcache).into()))?),
             journal: Journal::open(dir)?.0,
         };
         loop {

@@ -40,7 +40,7 @@ const BLOCK: usize = 4096;
 const DIRECT: i32 = nix::fcntl::OFlag::O_DIRECT.bits();
 
 /// What the rig before this one left: laws do not tidy up.
-static BEFORE: Mutex<Option<(PathBuf, Option<Kind>)>> = Mutex::new(None);
+static BEFORE: Mutex<Option<(PathBuf, Setup)>> = Mutex::new(None);
 
 /// Rigs so far.
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -55,6 +55,30 @@ pub(crate) fn start_iscsid() {
     }
 }
 
+/// How a host is set up.
+#[derive(Debug, Clone)]
+pub(crate) struct Setup {
+    pub(crate) cache: Option<Kind>,
+    /// Cache devices or files; none: the agent's own file.
+    pub(crate) devices: Vec<PathBuf>,
+    pub(crate) fill_bytes_per_second: u64,
+    pub(crate) delta_step: Option<u64>,
+    /// Blocks of each image.
+    pub(crate) blocks: usize,
+}
+
+impl From<Option<Kind>> for Setup {
+    fn from(cache: Option<Kind>) -> Self {
+        Self {
+            cache,
+            devices: Vec::new(),
+            fill_bytes_per_second: 20 << 20,
+            delta_step: None,
+            blocks: 300,
+        }
+    }
+}
+
 struct Parent {
     server: Server,
 }
@@ -64,7 +88,7 @@ pub(crate) struct KernelRig {
     plane: Option<Arc<KernelPlane>>,
     journal: Option<Journal>,
     pub(crate) images: [TestImage; 2],
-    cache: Option<Kind>,
+    pub(crate) setup: Setup,
     /// They serve as long as they are here.
     parents: [Parent; 2],
 }
@@ -139,7 +163,7 @@ fn sources(active: PathTo) -> Sources {
     }
 }
 
-pub(crate) fn settings(dir: &Path, cache: Option<Kind>) -> KernelSettings {
+pub(crate) fn settings(dir: &Path, setup: &Setup) -> KernelSettings {
     KernelSettings {
         host: HostName::new(HOST).expect("a name"),
         state: dir.join("kernel"),
@@ -148,22 +172,22 @@ pub(crate) fn settings(dir: &Path, cache: Option<Kind>) -> KernelSettings {
         store: None,
         portals: vec![PORTAL.parse().expect("an address")],
         advertise: None,
-        delta_step: None,
+        delta_step: setup.delta_step,
         delta_chunk_bytes: DELTA_CHUNK_BYTES,
         queue_limit: Duration::from_secs(20),
-        group: cache.map(|kind| CacheSettings {
+        group: setup.cache.map(|kind| CacheSettings {
             kind,
-            devices: Vec::new(),
+            devices: setup.devices.clone(),
             file_bytes: CACHE_BYTES,
-            fill_bytes_per_second: 20 << 20,
+            fill_bytes_per_second: setup.fill_bytes_per_second,
         }),
     }
 }
 
-fn image(dir: &Path, n: u8, parents: &[Parent; 2]) -> TestImage {
+fn image(dir: &Path, n: u8, blocks: usize, parents: &[Parent; 2]) -> TestImage {
     let id: ImageId = format!("image-{n}@1").parse().expect("an image");
     let store = dir.join(format!("store-{n}"));
-    let (content, bytes) = stored(&store, n, 300 * BLOCK);
+    let (content, bytes) = stored(&store, n, blocks * BLOCK);
     let cache = ChunkCache::open(
         &store,
         ImageContent {
@@ -187,8 +211,8 @@ fn image(dir: &Path, n: u8, parents: &[Parent; 2]) -> TestImage {
 }
 
 /// Removes all that a former rig left, by the plane's own means.
-async fn tidy(dir: &Path, cache: Option<Kind>) {
-    let plane = open(dir, cache).await;
+async fn tidy(dir: &Path, setup: &Setup) {
+    let plane = open(dir, setup).await;
     let journal = Journal::open(dir).expect("a journal").0;
     let found = plane.inspect(&Scope::All).await.expect("a look");
     let nothing = Wanted {
@@ -207,10 +231,10 @@ async fn tidy(dir: &Path, cache: Option<Kind>) {
 }
 
 /// Opens a plane as soon as all threads of the one before have ended, as they would have with its process.
-async fn open(dir: &Path, cache: Option<Kind>) -> Arc<KernelPlane> {
+async fn open(dir: &Path, setup: &Setup) -> Arc<KernelPlane> {
     let begun = Instant::now();
     loop {
-        match KernelPlane::open(settings(dir, cache)) {
+        match KernelPlane::open(settings(dir, setup)) {
             Err(OpenError::InUse) if begun.elapsed() < OPENS_WITHIN => {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -222,29 +246,34 @@ async fn open(dir: &Path, cache: Option<Kind>) -> Arc<KernelPlane> {
 /// Removes what the last rig left.
 pub(crate) async fn tidy_up() {
     let before = BEFORE.lock().take();
-    if let Some((dir, cache)) = before {
-        tidy(&dir, cache).await;
+    if let Some((dir, setup)) = before {
+        tidy(&dir, &setup).await;
         std::fs::remove_dir_all(&dir).expect("removed");
     }
 }
 
 /// A fresh host.
 pub(crate) async fn rig(cache: Option<Kind>) -> KernelRig {
+    rig_with(cache.into()).await
+}
+
+/// A fresh host that is set up so.
+pub(crate) async fn rig_with(setup: Setup) -> KernelRig {
     tidy_up().await;
     let dir = cases_dir().join(format!("rig-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
     std::fs::create_dir_all(&dir).expect("a directory");
-    *BEFORE.lock() = Some((dir.clone(), cache));
+    *BEFORE.lock() = Some((dir.clone(), setup.clone()));
     let parent = || Parent {
         server: Server::bind(&[LOOPBACK], ServerConfig::default()).expect("bound"),
     };
     let parents = [parent(), parent()];
-    let images = [0, 1].map(|n| image(&dir, n, &parents));
+    let images = [0, 1].map(|n| image(&dir, n, setup.blocks, &parents));
     KernelRig {
-        plane: Some(open(&dir, cache).await),
+        plane: Some(open(&dir, &setup).await),
         journal: Some(Journal::open(&dir).expect("a journal").0),
         dir,
         images,
-        cache,
+        setup,
         parents,
     }
 }
@@ -258,7 +287,7 @@ pub(crate) fn read_device(path: &Path, at: u64, bytes: usize) -> std::io::Result
     Ok(buffer[skip..skip + bytes].to_vec())
 }
 
-fn write_device(path: &Path, at: u64, data: &[u8]) -> std::io::Result<()> {
+pub(crate) fn write_device(path: &Path, at: u64, data: &[u8]) -> std::io::Result<()> {
     let device = OpenOptions::new().write(true).custom_flags(DIRECT).open(path)?;
     let mut buffer = vec![0; data.len() + BLOCK];
     let skip = buffer.as_ptr().align_offset(BLOCK);
@@ -285,10 +314,11 @@ impl KernelRig {
     }
     /// Opens the plane again.
     pub(crate) async fn back(&mut self) {
-        self.plane = Some(open(&self.dir, self.cache).await);
+        *BEFORE.lock() = Some((self.dir.clone(), self.setup.clone()));
+        self.plane = Some(open(&self.dir, &self.setup).await);
         self.journal = Some(Journal::open(&self.dir).expect("a journal").0);
     }
-    fn disk(&self, vm: &VmName) -> PathBuf {
+    pub(crate) fn disk(&self, vm: &VmName) -> PathBuf {
         match self.plane().disk_place(vm).expect("a place") {
             DiskPlace::Device(path) => path,
             DiskPlace::Lun(url) => panic!("a LUN: {url}"),
