@@ -8,15 +8,15 @@ use treeboot_tests::wait::wait_until;
 
 /// Makes them: devices with our names and not our UUIDs, a loop device, a target with a backstore, a record and an interface of open-iscsi.
 const MAKE: &str = r#"
-truncate -s 4M /root/stranger.raw
-loop=$(losetup -f --show /root/stranger.raw)
+truncate -s 4M /var/tmp/stranger.raw
+loop=$(losetup -f --show /var/tmp/stranger.raw)
 for name in treeboot:base:stranger treeboot:disk:web treeboot-mine; do
     dmsetup --noudevsync --noudevrules create "$name" --uuid "LVM-$name" --table "0 2048 linear $loop 0"
 done
 target=/sys/kernel/config/target
 store=$target/core/fileio_0/treeboot-mine
 mkdir -p $target/core/fileio_0 $store
-echo fd_dev_name=/root/stranger.raw,fd_dev_size=4194304 > $store/control
+echo fd_dev_name=/var/tmp/stranger.raw,fd_dev_size=4194304 > $store/control
 echo 1 > $store/enable
 tpg=$target/iscsi/iqn.2003-01.org.example:stranger/tpgt_1
 mkdir -p $tpg/lun/lun_0
@@ -30,13 +30,13 @@ const SHOW: &str = r#"
 for name in treeboot:base:stranger treeboot:disk:web treeboot-mine; do
     echo "$name: $(dmsetup table "$name") $(dmsetup info -c --noheadings -o uuid,open,events "$name")"
 done
-losetup -j /root/stranger.raw
+losetup -j /var/tmp/stranger.raw
 target=/sys/kernel/config/target
 cat $target/core/fileio_0/treeboot-mine/info
 find $target/iscsi/iqn.2003-01.org.example:stranger -type l
 cat /etc/iscsi/ifaces/stranger
 find /etc/iscsi/nodes/iqn.2003-01.org.example:elsewhere -type f
-sha256sum /root/stranger.raw
+sha256sum /var/tmp/stranger.raw
 "#;
 
 /// What is the agent's own, by the marks that its objects have, but for the cache of contents that may be wanted again.
