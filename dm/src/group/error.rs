@@ -42,6 +42,16 @@ pub enum GroupError {
         /// The device.
         device: DeviceNumber,
     },
+    /// A cache device is new to the group, and somebody's device lies over it. device-mapper itself would not mind.
+    #[error(
+        "the device {device} is in use by {}; remove what is over it, or give the cache another device", holders.join(", ")
+    )]
+    InUse {
+        /// The device.
+        device: DeviceNumber,
+        /// What lies over it.
+        holders: Vec<String>,
+    },
     /// A cache device is too small, or there is none.
     #[error("the cache devices have {have} sectors in all, of which at least {need} are needed")]
     TooSmall {

@@ -11,6 +11,7 @@ use super::label::{self, BEGIN, Label};
 use super::probe::Probe;
 use super::{BLOCK, Filler, Kind, Range, Ranges, State, StateFile, bcached, dm_cached};
 use crate::bcache::{Bcache, CacheSuperblock, Uuid};
+use crate::ioctl::holders;
 use crate::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Status, Table, Target};
 
 /// Below this no kind has room for anything.
@@ -85,6 +86,15 @@ impl Group {
             if *label == Label::Foreign {
                 return Err(GroupError::Foreign {
                     device: device.number,
+                });
+            }
+        }
+        for (device, label) in config.devices.iter().zip(&labels) {
+            let holders = holders(Path::new("/sys"), device.number);
+            if *label == Label::Blank && !holders.is_empty() {
+                return Err(GroupError::InUse {
+                    device: device.number,
+                    holders,
                 });
             }
         }

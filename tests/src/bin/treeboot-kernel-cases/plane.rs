@@ -66,6 +66,9 @@ pub(crate) const CACHING: Group = Group {
         ("an_image_of_half_a_block_is_refused", || {
             case(bad_input::half_a_block())
         }),
+        ("a_cache_device_of_somebody_is_left_alone", || {
+            case(bad_input::a_cache_device_of_somebody())
+        }),
     ],
     helpers: &[("open", bad_input::open)],
     sweep: super::devices::sweep,

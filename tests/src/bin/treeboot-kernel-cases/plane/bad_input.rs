@@ -11,10 +11,10 @@ use treeboot_agent::plane::Scope;
 use treeboot_agent::plane::kernel::KernelPlane;
 use treeboot_dm::group::Kind;
 
-use super::COMES_WITHIN;
-use super::caching::{attached, leave};
-use super::rig::{self, Setup};
-use crate::devices::{command, scratch};
+use super::caching::{attached, leave, reach};
+use super::rig::{self, KernelRig, Setup};
+use super::{COMES_WITHIN, until};
+use crate::devices::{Failing, command, empty_loop, scratch};
 
 /// The helper: starts a plane and says why it does not start.
 pub(super) fn open(args: &[String]) -> Result<()> {
@@ -124,4 +124,52 @@ pub(super) async fn half_a_block() {
         assert!(begun.elapsed() < COMES_WITHIN, "{residue:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// What the agent says of a cache that it cannot have; its images are served all the same.
+async fn refused(rig: &KernelRig) -> String {
+    let image = rig.image(0);
+    reach(rig, &attached([&image])).await;
+    until("the complaint", || !rig.plane().troubles().is_empty()).await;
+    let read = rig::read_device(&rig.disk(&"vm-0".parse().expect("a name")), 0, image.bytes.len());
+    assert!(read.expect("readable") == *image.bytes, "other bytes");
+    let troubles = rig.plane().troubles();
+    assert_eq!(troubles[0].name, image.content.digest.to_string());
+    let why = troubles[0].why.clone();
+    leave(rig).await;
+    why
+}
+
+/// A cache device that somebody uses, and one that holds something, are named, and stay as they are.
+pub(super) async fn a_cache_device_of_somebody() {
+    let taken = Failing::make(160 << 20).expect("a device");
+    let rig = rig::rig_with(Setup {
+        devices: vec![taken.below.path.clone()],
+        ..Some(Kind::Bcache).into()
+    })
+    .await;
+    let why = refused(&rig).await;
+    assert!(
+        why.contains(&taken.below.number.to_string()) && why.contains("in use by failing"),
+        "{why}"
+    );
+    drop(rig);
+    rig::tidy_up().await;
+    taken.remove().expect("nobody uses it");
+
+    let disk = empty_loop("disk", 160 << 20).expect("a device");
+    let path = scratch("disk").expect("a path");
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .expect("a file");
+    std::os::unix::fs::FileExt::write_all_at(&file, b"EFI PART", 512).expect("written");
+    file.sync_all().expect("written");
+    let rig = rig::rig_with(Setup {
+        devices: vec![disk.path.clone()],
+        ..Some(Kind::Bcache).into()
+    })
+    .await;
+    let why = refused(&rig).await;
+    assert!(why.contains("not empty") && why.contains("wipefs"), "{why}");
 }
