@@ -3,17 +3,22 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use futures_util::future::try_join_all;
+use tokio::io::AsyncWriteExt as _;
 use treeboot_tests::lab::{Lab, LabHost, Plane};
+use treeboot_tests::wait::within;
 
 use crate::rate;
 use crate::strangers::{self, Strangers};
 use crate::support::{import, local, with_lab};
 
 const LIMIT: Duration = Duration::from_secs(240);
+/// For a shell and one command.
+const SHELL_LIMIT: Duration = Duration::from_secs(60);
 /// What the root file system holds, with the libraries that they need.
 const PROGRAMS: [&str; 5] = ["dash", "cat", "sync", "ls", "sha256sum"];
 
@@ -87,6 +92,30 @@ async fn scenario(lab: &Lab, host: &LabHost) -> Result<()> {
     lab.release_disk(host, &one).await
 }
 
+/// What `cargo xtask lab shell` becomes: a shell that finds the programs and the coordinator, and gives its status back.
+async fn a_shell_finds_the_programs(lab: &Lab, host: &LabHost) -> Result<()> {
+    let mut shell = tokio::process::Command::from(lab.scratch().command(lab.lab_program()?))
+        .arg("shell")
+        .arg("--state")
+        .args([lab.scratch().path().as_os_str(), host.name().as_ref()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let mut input = shell.stdin.take().context("a pipe")?;
+    input
+        .write_all(b"treeboot host list --json | grep -c h1\nexit 3\n")
+        .await?;
+    drop(input);
+    let output = within(SHELL_LIMIT, "the shell's end", shell.wait_with_output()).await??;
+    ensure!(
+        output.status.code() == Some(3) && !output.stdout.is_empty(),
+        "a shell on {}: {output:?}",
+        host.name()
+    );
+    Ok(())
+}
+
 /// A host of each plane. What its hosts are good for besides is shown in the same lab, because a lab takes its time to start: shaped links,
 /// strangers that are left alone, and that nothing is left in the end.
 #[test]
@@ -96,6 +125,7 @@ fn a_root_file_system_runs_from_a_disk_of_either_plane() -> Result<()> {
         import(lab, &image, "root").await?;
         try_join_all(lab.hosts.iter().map(|host| scenario(lab, host))).await?;
         let kernel = &lab.hosts[1];
+        a_shell_finds_the_programs(lab, kernel).await?;
         let strangers = Strangers::make(kernel).await?;
         rate::check(lab).await?;
         for vm in ["one-user", "two-user", "one-kernel", "two-kernel"] {
