@@ -1,7 +1,9 @@
-//! `treeboot serve IMAGE`: one image as an iSCSI target, from any machine, without a coordinator.
+//! `treeboot serve IMAGE…`: images as the units of an iSCSI target, from any machine, without a coordinator.
 
 mod access;
+mod moved;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use treeboot_block::BlockDevice;
 use treeboot_iscsi::scsi::alua::PortGroup;
 use treeboot_iscsi::target::{
     Access, AddTargetError, BindError, LunSpec, ReservationFile, ReservationFileError, Server, ServerConfig,
@@ -18,6 +19,7 @@ use treeboot_iscsi::target::{
 use treeboot_types::{DATA_LUN, ISCSI_PORT, Iqn, TREEBOOT_AUTHORITY};
 
 use self::access::AccessArgs;
+use self::moved::MovedArgs;
 use crate::failure::{Exit, Failure, chain, io_words};
 use crate::import::{self, Format, OpenOptions, Source};
 use crate::output;
@@ -26,35 +28,39 @@ use crate::signals::Signals;
 /// How long initiators may take to log out when the server ends; then their sessions are closed.
 const DRAIN: Duration = Duration::from_secs(3);
 
-/// Serve one image as an iSCSI target, without a coordinator
+/// Serve images as an iSCSI target, without a coordinator
 ///
-/// Takes the formats that 'image import' takes. Anybody who can reach the portal may read the image, and write to it
-/// with --writable, unless CHAP (--chap-user) or a list (--allow-initiator) says otherwise; so the default is this
-/// machine only. SIGINT (Ctrl-C) or SIGTERM ends it in order.
+/// Takes the formats that 'image import' takes. Several images are the LUNs 0, 1 and so on of one target. Anybody who can
+/// reach the portal may read them, and write to them with --writable, unless CHAP (--chap-user) or a list
+/// (--allow-initiator) says otherwise; so the default is this machine only. SIGINT (Ctrl-C) or SIGTERM ends it in order.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  treeboot serve debian.qcow2\n  treeboot serve disk.raw --portal 0.0.0.0:3260 --portal [::]:3260 --writable"
+    after_help = "Example:\n  treeboot serve debian.qcow2\n  treeboot serve disk.raw data.raw --portal 0.0.0.0:3260 --portal [::]:3260 --writable\n  treeboot serve --redirect iqn.2026-11.org.example:disk=192.0.2.7:3260"
 )]
 pub(crate) struct ServeArgs {
-    /// The image: a file or a block device
-    image: PathBuf,
+    /// The images: files or block devices
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["for_now", "for_good"])]
+    images: Vec<PathBuf>,
     /// Where to listen, an IPv6 address in brackets; may be given several times; port 0: any free one
     #[arg(long = "portal", value_name = "ADDR:PORT", value_parser = parse_portal, default_value = "127.0.0.1:3260")]
     portals: Vec<SocketAddr>,
     /// Let initiators write to the image itself (raw images only)
-    #[arg(long)]
+    #[arg(long, requires = "images")]
     writable: bool,
-    /// The target's name [default: one made of the image's file name]
-    #[arg(long, value_name = "IQN")]
+    /// The target's name [default: one made of the first image's file name]
+    #[arg(long, value_name = "IQN", requires = "images")]
     name: Option<Iqn>,
     #[command(flatten)]
     access: AccessArgs,
+    #[command(flatten)]
+    moved: MovedArgs,
     /// Logical block in bytes: 512 or 4096
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = parse_block)]
     block_size: u32,
-    /// Keep persistent reservations that ask for it (APTPL) in this file through a restart or a loss of power
+    /// Keep persistent reservations that ask for it (APTPL) in this file through a restart or a loss of power; once for each
+    /// image, in their order
     #[arg(long, value_name = "FILE")]
-    reservations: Option<PathBuf>,
+    reservations: Vec<PathBuf>,
     /// Physical block to tell initiators, in bytes: 512 or 4096 [default: the logical block]. Raw images only
     #[arg(long, value_name = "BYTES", value_parser = parse_block)]
     physical_block_size: Option<u32>,
@@ -74,7 +80,9 @@ pub(crate) struct ServeArgs {
 struct Ready {
     portal: SocketAddr,
     portals: Vec<SocketAddr>,
-    target: String,
+    /// `null` where nothing but redirections is served.
+    target: Option<String>,
+    /// LUN by LUN, each by all portals.
     urls: Vec<String>,
 }
 
@@ -83,48 +91,51 @@ pub(crate) async fn run(args: ServeArgs) -> Result<(), Failure> {
     let mut signals = Signals::catch()?;
     log();
     let access = args.access.read()?;
-    let reservations = args.reservations.as_deref().map(reservations).transpose()?;
-    let source = tokio::select! {
+    let reservations = reservations(&args)?;
+    let sources = tokio::select! {
         // Opening may take long, where a format is converted first.
         signal = signals.next() => return Err(Failure::new(Exit::Interrupted, signal)),
-        opened = open(&args) => opened?,
+        opened = open_all(&args) => opened?,
     };
-    let name = args.name.clone().unwrap_or_else(|| default_name(&args.image));
+    let name = args
+        .images
+        .first()
+        .map(|first| args.name.clone().unwrap_or_else(|| default_name(first)));
+    // What needs no portal is told without one.
+    args.moved.check(name.as_ref(), &[])?;
     let server = bind(&args.portals)?;
-    add(&server, &name, &source, access, reservations)?;
-    let urls: Vec<String> = server
-        .local_addrs()
-        .iter()
-        .map(|portal| url(*portal, &name))
-        .collect();
+    args.moved.check(name.as_ref(), &server.local_addrs())?;
+    args.moved.add(&server, &access)?;
+    if let Some(name) = &name {
+        add(&server, name, &sources, access, reservations)?;
+    }
+    let urls = urls(&server, name.as_ref(), sources.len());
     let ready = args
         .ready_file
         .as_deref()
-        .map(|path| ReadyFile::write(path, &server, &name, &urls))
+        .map(|path| ReadyFile::write(path, &server, name.as_ref(), &urls))
         .transpose()?;
-    output::print_text(&announcement(&args, &source, &name, &urls))?;
+    output::print_text(&announcement(&args, &sources, &server, name.as_ref(), &urls))?;
     let begun = Instant::now();
     signals.next().await;
     drop(ready);
-    let stats = server.stats(&name).unwrap_or_default();
+    let stats = name.and_then(|name| server.stats(&name)).unwrap_or_default();
     tokio::select! {
         () = server.shutdown(DRAIN) => {}
         // Whoever asks twice does not want to wait.
         _ = signals.next() => {}
     }
     if args.writable {
-        let flushed = source.device.flush().await;
-        flushed.map_err(|error| {
-            Failure::new(
-                Exit::Failed,
-                format!(
-                    "cannot make '{}' durable: {}",
-                    args.image.display(),
-                    chain(&error)
-                ),
-            )
-            .advice("see the kernel's log for errors of the disk; what was written last may be lost")
-        })?;
+        for (image, source) in args.images.iter().zip(&sources) {
+            let flushed = source.device.flush().await;
+            flushed.map_err(|error| {
+                Failure::new(
+                    Exit::Failed,
+                    format!("cannot make '{}' durable: {}", image.display(), chain(&error)),
+                )
+                .advice("see the kernel's log for errors of the disk; what was written last may be lost")
+            })?;
+        }
     }
     output::print_text(&summary(&stats, begun.elapsed()))
 }
@@ -140,7 +151,15 @@ fn log() {
         .try_init();
 }
 
-async fn open(args: &ServeArgs) -> Result<Source, Failure> {
+async fn open_all(args: &ServeArgs) -> Result<Vec<Source>, Failure> {
+    let mut sources = Vec::new();
+    for image in &args.images {
+        sources.push(open(args, image).await?);
+    }
+    Ok(sources)
+}
+
+async fn open(args: &ServeArgs, image: &Path) -> Result<Source, Failure> {
     let options = OpenOptions {
         format: None,
         scratch: args.scratch.clone().unwrap_or_else(import::default_scratch),
@@ -149,14 +168,14 @@ async fn open(args: &ServeArgs) -> Result<Source, Failure> {
         fully_allocated: args.fully_allocated,
         writable: args.writable,
     };
-    let source = Source::open(&args.image, &options).await?;
+    let source = Source::open(image, &options).await?;
     let raw_only = args.fully_allocated || args.physical_block_size.is_some();
     if raw_only && source.format != Format::Raw {
         return Err(Failure::new(
             Exit::Usage,
             format!(
                 "'{}' is a {} image; --fully-allocated and --physical-block-size are for raw images",
-                args.image.display(),
+                image.display(),
                 source.format
             ),
         )
@@ -187,16 +206,24 @@ fn bind(portals: &[SocketAddr]) -> Result<Server, Failure> {
 
 /// Two servers of one image are two paths to it, so their groups of ports differ: by what they listen on.
 fn port_group(server: &Server, name: &Iqn) -> PortGroup {
-    let urls: Vec<_> = server
-        .local_addrs()
-        .iter()
-        .map(|portal| url(*portal, name))
-        .collect();
-    let digest = Sha256::digest(urls.join(" "));
+    let digest = Sha256::digest(urls(server, Some(name), 1).join(" "));
     PortGroup::new(u16::from_be_bytes([digest[0], digest[1]])).unwrap_or(PortGroup::MIN)
 }
 
-fn reservations(path: &Path) -> Result<ReservationFile, Failure> {
+/// The files for reservations, by LUN.
+fn reservations(args: &ServeArgs) -> Result<BTreeMap<u16, ReservationFile>, Failure> {
+    if let Some(over) = args.reservations.get(args.images.len()) {
+        return Err(Failure::new(
+            Exit::Usage,
+            format!("there is no image for the reservations in '{}'", over.display()),
+        )
+        .advice("give --reservations at most as often as images"));
+    }
+    let open = |(path, lun): (&PathBuf, u16)| Ok((lun, reservation_file(path)?));
+    args.reservations.iter().zip(DATA_LUN..).map(open).collect()
+}
+
+fn reservation_file(path: &Path) -> Result<ReservationFile, Failure> {
     ReservationFile::open(path).map_err(|error| {
         let exit = match &error {
             ReservationFileError::InUse { .. } => Exit::Exists,
@@ -210,34 +237,40 @@ fn reservations(path: &Path) -> Result<ReservationFile, Failure> {
     })
 }
 
+fn lun(name: &Iqn, lun: u16, source: &Source) -> LunSpec {
+    // The same name, LUN and size is the same disk, so that two servers of one image can be two paths to it.
+    let bytes = source.device.geometry().bytes;
+    let digest = match lun {
+        DATA_LUN => Sha256::digest(format!("{name} {bytes}")),
+        _ => Sha256::digest(format!("{name} {lun} {bytes}")),
+    };
+    let mut ident = [0; 16];
+    ident.copy_from_slice(&digest[..16]);
+    LunSpec {
+        lun,
+        device: Arc::clone(&source.device),
+        serial: ident[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
+        product: "treeboot image".into(),
+        ident,
+    }
+}
+
 fn add(
     server: &Server,
     name: &Iqn,
-    source: &Source,
+    sources: &[Source],
     access: Access,
-    reservations: Option<ReservationFile>,
+    reservations: BTreeMap<u16, ReservationFile>,
 ) -> Result<(), Failure> {
-    // The same name and size is the same disk, so that two servers of one image can be two paths to it.
-    let digest = Sha256::digest(format!("{name} {}", source.device.geometry().bytes));
-    let mut ident = [0; 16];
-    ident.copy_from_slice(&digest[..16]);
-    let serial: String = ident[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    let device: Arc<dyn BlockDevice> = Arc::clone(&source.device);
-    let lun = LunSpec {
-        lun: DATA_LUN,
-        device,
-        serial,
-        product: "treeboot image".into(),
-        ident,
-    };
+    let luns = sources.iter().zip(DATA_LUN..);
     let spec = TargetSpec {
         name: name.clone(),
-        luns: vec![lun],
+        luns: luns.map(|(source, number)| lun(name, number, source)).collect(),
         access,
     };
     let options = TargetOptions {
         port_group: port_group(server, name),
-        reservations: reservations.into_iter().map(|file| (DATA_LUN, file)).collect(),
+        reservations,
         ..TargetOptions::default()
     };
     server.add_target_with(spec, options).map_err(|error| {
@@ -257,7 +290,7 @@ struct ReadyFile(PathBuf);
 
 impl ReadyFile {
     /// Writes the file as a whole or not at all.
-    fn write(path: &Path, server: &Server, name: &Iqn, urls: &[String]) -> Result<Self, Failure> {
+    fn write(path: &Path, server: &Server, name: Option<&Iqn>, urls: &[String]) -> Result<Self, Failure> {
         let io_error =
             |error: std::io::Error| Failure::io(format!("cannot write '{}'", path.display()), &error);
         let portals = server.local_addrs();
@@ -267,7 +300,7 @@ impl ReadyFile {
         let ready = Ready {
             portal,
             portals,
-            target: name.to_string(),
+            target: name.map(Iqn::to_string),
             urls: urls.to_vec(),
         };
         let text = serde_json::to_vec(&ready).map_err(|error| io_error(error.into()))?;
@@ -289,29 +322,49 @@ impl Drop for ReadyFile {
     }
 }
 
-fn announcement(args: &ServeArgs, source: &Source, name: &Iqn, urls: &[String]) -> String {
-    let first = urls.first().map_or("", String::as_str);
-    let portal = first
-        .trim_start_matches("iscsi://")
-        .split('/')
-        .next()
-        .unwrap_or("");
+fn announcement(
+    args: &ServeArgs,
+    sources: &[Source],
+    server: &Server,
+    name: Option<&Iqn>,
+    urls: &[String],
+) -> String {
     let (how, read_only) = if args.writable {
         ("writable", "")
     } else {
         ("read-only", ",readonly=on")
     };
-    format!(
-        "serving '{}' ({}, {}, {how}) as {name}\n{}{}attach it for instance with\n  \
-         qemu-system-x86_64 -drive file={first},format=raw,if=virtio{read_only}\n  \
-         iscsi-ls -s iscsi://{portal}\n  \
-         iscsiadm -m discovery -t sendtargets -p {portal}\nCtrl-C ends it\n",
-        args.image.display(),
-        source.format,
-        output::bytes(source.device.geometry().bytes),
-        urls.iter().map(|url| format!("  {url}\n")).collect::<String>(),
-        args.access.announcement(),
-    )
+    let of = |(image, source): (&PathBuf, &Source)| {
+        let bytes = output::bytes(source.device.geometry().bytes);
+        format!("'{}' ({}, {bytes}, {how})", image.display(), source.format)
+    };
+    let images: Vec<_> = args.images.iter().zip(sources).map(of).collect();
+    let portals = server.local_addrs();
+    let mut text = match (name, images.as_slice()) {
+        (Some(name), [image]) => format!("serving {image} as {name}\n"),
+        (Some(name), images) => {
+            let images = images.iter().zip(DATA_LUN..);
+            let lines = images.map(|(image, lun)| format!("  LUN {lun}  {image}\n"));
+            format!("serving as {name}\n{}", lines.collect::<String>())
+        }
+        (None, _) => {
+            let lines = portals.iter().map(|portal| format!("  {}\n", shown(*portal)));
+            format!("serving redirections only, at\n{}", lines.collect::<String>())
+        }
+    };
+    text.extend(urls.iter().map(|url| format!("  {url}\n")));
+    text.push_str(&args.access.announcement());
+    text.push_str(&args.moved.announcement());
+    if let (Some(first), Some(portal)) = (urls.first(), portals.first().map(|portal| shown(*portal))) {
+        text.push_str(&format!(
+            "attach it for instance with\n  \
+             qemu-system-x86_64 -drive file={first},format=raw,if=virtio{read_only}\n  \
+             iscsi-ls -s iscsi://{portal}\n  \
+             iscsiadm -m discovery -t sendtargets -p {portal}\n",
+        ));
+    }
+    text.push_str("Ctrl-C ends it\n");
+    text
 }
 
 fn summary(stats: &TargetStats, elapsed: Duration) -> String {
@@ -324,14 +377,25 @@ fn summary(stats: &TargetStats, elapsed: Duration) -> String {
     )
 }
 
-/// The URL of a portal. One that listens on all addresses is shown by the address that the machine would send from.
-fn url(portal: SocketAddr, name: &Iqn) -> String {
-    let shown = if portal.ip().is_unspecified() {
+/// The URLs of so many LUNs, each by all portals.
+fn urls(server: &Server, name: Option<&Iqn>, luns: usize) -> Vec<String> {
+    let Some(name) = name else { return Vec::new() };
+    let portals = server.local_addrs();
+    let of = |lun| portals.iter().map(move |portal| url(*portal, name, lun));
+    (DATA_LUN..).take(luns).flat_map(of).collect()
+}
+
+fn url(portal: SocketAddr, name: &Iqn, lun: u16) -> String {
+    format!("iscsi://{}/{name}/{lun}", shown(portal))
+}
+
+/// A portal that listens on all addresses is shown by the address that the machine would send from.
+fn shown(portal: SocketAddr) -> SocketAddr {
+    if portal.ip().is_unspecified() {
         SocketAddr::new(outward_address(portal.ip()), portal.port())
     } else {
         portal
-    };
-    format!("iscsi://{shown}/{name}/{DATA_LUN}")
+    }
 }
 
 /// The address of this machine towards others. To connect a UDP socket only looks the route up: nothing is sent, and
@@ -453,14 +517,14 @@ mod tests {
     #[test]
     fn a_portal_on_all_addresses_is_shown_by_one_that_can_be_reached() {
         let name = Iqn::new("iqn.2026-11.a:b").unwrap();
-        let shown = url("0.0.0.0:3260".parse().unwrap(), &name);
+        let shown = url("0.0.0.0:3260".parse().unwrap(), &name, 0);
         assert!(
             !shown.contains("0.0.0.0") && shown.ends_with(":3260/iqn.2026-11.a:b/0"),
             "{shown}"
         );
         assert_eq!(
-            url("[::1]:1".parse().unwrap(), &name),
-            "iscsi://[::1]:1/iqn.2026-11.a:b/0"
+            url("[::1]:1".parse().unwrap(), &name, 3),
+            "iscsi://[::1]:1/iqn.2026-11.a:b/3"
         );
     }
 }

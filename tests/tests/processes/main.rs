@@ -13,5 +13,6 @@ mod iscsi_suite;
 mod kernel_initiator;
 mod names;
 mod sectors;
+mod serve;
 mod striped;
 mod support;
