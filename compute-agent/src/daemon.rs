@@ -220,7 +220,8 @@ impl Daemon {
         let portal = plane.portal();
         let (journal, recovered) = Journal::open(&state)?;
         if let Some(damage) = recovered.damage {
-            tracing::error!(%damage, "the journal's end was damaged");
+            // Mostly what a loss of power leaves of a record that nobody waited for.
+            tracing::warn!(%damage, "the journal ended in a record that was not whole; it is repaired, and holds all before that");
         }
         for step in recovered.unfinished {
             tracing::info!(
