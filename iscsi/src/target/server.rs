@@ -448,6 +448,10 @@ fn no_login(why: NoLogin, peer: SocketAddr, shared: &Shared) {
             // Somebody's password is wrong, or somebody tries passwords.
             tracing::warn!(%initiator, %peer, reason = %why, "authentication failed");
         }
+        NoLogin::Failed(LoginFailure::Refused(moved @ Refusal::Moved { .. })) => {
+            // As it was told to.
+            tracing::info!(%peer, %moved, "sent elsewhere");
+        }
         NoLogin::Failed(error) => {
             tracing::warn!(%peer, error = &error as &dyn std::error::Error, "no login");
         }
