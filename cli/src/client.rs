@@ -3,10 +3,14 @@
 //! Every call is bounded by `--timeout`; names were validated before anything is sent.
 
 use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
+use treeboot_identity::tls::Dialer;
+use treeboot_identity::{Credentials, Holder, Who};
 use treeboot_proto::v1;
 use treeboot_proto::v1::agent_client::AgentClient;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
@@ -35,6 +39,93 @@ pub(crate) struct Options {
     /// How long one call may take (30s, 500ms, 2m)
     #[arg(long, global = true, help_heading = "Connection", env = "TREEBOOT_TIMEOUT", default_value = "30s", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) timeout: Duration,
+    /// Who you are: the file of 'treeboot-coordinator user create' [default: what 'treeboot login' keeps]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Connection",
+        env = "TREEBOOT_IDENTITY",
+        value_name = "FILE"
+    )]
+    pub(crate) identity: Option<PathBuf>,
+    /// Show no identity, for a laptop: speaks to loopback addresses only
+    #[arg(long, global = true, help_heading = "Connection", env = "TREEBOOT_INSECURE")]
+    pub(crate) insecure: bool,
+}
+
+/// Who types: one person a process, found out before anything is asked.
+static IDENTITY: OnceLock<Option<Holder>> = OnceLock::new();
+
+fn identity() -> Option<&'static Holder> {
+    IDENTITY.get().and_then(Option::as_ref)
+}
+
+/// Where 'treeboot login' keeps an identity.
+///
+/// # Errors
+/// There is no home.
+pub(crate) fn kept_identity() -> Result<PathBuf, Failure> {
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    set("XDG_CONFIG_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".config")))
+        .map(|config| config.join("treeboot/identity.pem"))
+        .ok_or_else(|| {
+            Failure::new(Exit::Usage, "there is no home directory to keep an identity in")
+                .advice("name the file with --identity or TREEBOOT_IDENTITY")
+        })
+}
+
+/// Reads a person's identity.
+///
+/// # Errors
+/// The file is none, or another's.
+pub(crate) fn read_identity(path: &Path) -> Result<Option<Credentials>, Failure> {
+    let failure = |error: &dyn std::error::Error| {
+        Failure::new(Exit::Usage, chain(error)).advice(
+            "an administrator makes one: treeboot-coordinator user create NAME --role ROLE > NAME.pem",
+        )
+    };
+    let credentials = Credentials::load(path).map_err(|error| failure(&error))?;
+    if let Some(credentials) = &credentials
+        && !matches!(credentials.certified().who, Who::Person { .. })
+    {
+        let who = credentials.certified().who.to_string();
+        return Err(Failure::new(
+            Exit::Usage,
+            format!("{} is the identity of {who}, not of a person", path.display()),
+        ));
+    }
+    Ok(credentials)
+}
+
+/// Finds out who types; every verb that speaks to others comes after it.
+///
+/// # Errors
+/// The identity that was named is not there, or is none.
+pub(crate) fn identify(options: &Options) -> Result<(), Failure> {
+    let found = match &options.identity {
+        _ if options.insecure => None,
+        Some(path) => Some(read_identity(path)?.ok_or_else(|| {
+            Failure::new(
+                Exit::NotFound,
+                format!("there is no identity file {}", path.display()),
+            )
+            .advice(
+                "an administrator makes one: treeboot-coordinator user create NAME --role ROLE > NAME.pem",
+            )
+        })?),
+        None => match kept_identity() {
+            Ok(path) => read_identity(&path)?,
+            Err(_) => None,
+        },
+    };
+    // A second time is a test's; the first one counts.
+    let _ = IDENTITY.set(found.map(Holder::new));
+    Ok(())
 }
 
 /// The coordinator, connected.
@@ -52,8 +143,11 @@ impl Coordinator {
     /// The URL is not one, or nothing answers there.
     pub(crate) async fn connect(options: &Options) -> Result<Self, Failure> {
         let url = coordinator_url(&options.coordinator)?;
+        if options.insecure {
+            only_loopback(&url)?;
+        }
         let peer = format!("the coordinator at {url}");
-        let channel = connect(&url, &peer, options.timeout).await.map_err(|failure| {
+        let channel = connect(&url, &peer, Who::Coordinator, options.timeout).await.map_err(|failure| {
             failure.advice(
                 "start one with 'treeboot-coordinator --state DIR', or name another with --coordinator or TREEBOOT_COORDINATOR",
             )
@@ -212,7 +306,13 @@ impl Agent {
             let silent = duration(Duration::from_millis(host.silent_ms));
             format!("the coordinator has not heard it for {silent}; see whether treeboot-agent runs there")
         };
-        let channel = connect(&format!("http://{address}"), &peer, timeout)
+        let who = Who::Host(HostName::new(host_name(host)).map_err(|error| {
+            Failure::new(
+                Exit::Failed,
+                format!("the coordinator named a host wrongly: {error}"),
+            )
+        })?);
+        let channel = connect(&format!("http://{address}"), &peer, who, timeout)
             .await
             .map_err(|failure| failure.advice(advice))?;
         Ok(Self {
@@ -277,13 +377,20 @@ fn coordinator_url(text: &str) -> Result<String, Failure> {
             "write http://HOST:PORT, an IPv6 address in brackets; the default is {DEFAULT_COORDINATOR}"
         ))
     };
-    if text.starts_with("https://") {
-        return Err(wrong("TLS is not there yet, use http://"));
+    let secure = text.strip_prefix("https://");
+    if secure.is_some() && identity().is_none() {
+        return Err(wrong(
+            "https:// needs an identity, and there is none; see 'treeboot login --help'",
+        ));
     }
-    let rest = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let rest = secure
+        .or(text.strip_prefix("http://"))
+        .unwrap_or(text)
+        .trim_end_matches('/');
     if rest.contains("://") {
-        return Err(wrong("only http:// is spoken"));
+        return Err(wrong("only http:// and https:// are spoken"));
     }
+    // With an identity every connection has TLS; the scheme is not what decides.
     let url = format!("http://{rest}");
     let uri: tonic::codegen::http::Uri = url.parse().map_err(|_| wrong("it cannot be parsed"))?;
     match (uri.host(), uri.port_u16(), uri.path()) {
@@ -293,7 +400,28 @@ fn coordinator_url(text: &str) -> Result<String, Failure> {
     }
 }
 
-async fn connect(url: &str, peer: &str, timeout: Duration) -> Result<Channel, Failure> {
+/// Refuses a coordinator on another machine.
+fn only_loopback(url: &str) -> Result<(), Failure> {
+    let uri: tonic::codegen::http::Uri = url.parse().unwrap_or_default();
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if loopback {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Exit::Usage,
+        format!("--insecure is for this machine only, and {url} is another"),
+    )
+    .advice("leave --insecure out, and show an identity; see 'treeboot login --help'"))
+}
+
+async fn connect(url: &str, peer: &str, who: Who, timeout: Duration) -> Result<Channel, Failure> {
+    let dialer = match identity() {
+        None => Dialer::Insecure,
+        Some(holder) => {
+            Dialer::mutual(holder, who).map_err(|error| Failure::new(Exit::Failed, chain(&error)))?
+        }
+    };
     let limit = timeout.min(CONNECT_LIMIT);
     let unreachable = |why: &str| Failure::new(Exit::Unreachable, format!("cannot reach {peer}: {why}"));
     let endpoint = Endpoint::from_shared(url.to_owned())
@@ -302,7 +430,7 @@ async fn connect(url: &str, peer: &str, timeout: Duration) -> Result<Channel, Fa
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(10))
         .tcp_nodelay(true);
-    match tokio::time::timeout(limit, endpoint.connect()).await {
+    match tokio::time::timeout(limit, dialer.connect(&endpoint)).await {
         Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => Err(unreachable(&transport_words(&error))),
         Err(_) => Err(unreachable(&format!("no answer within {}", duration(limit)))),
@@ -378,6 +506,9 @@ pub(crate) fn incomplete(peer: &str, field: &str) -> Failure {
 
 /// Why a connection failed: the operating system's words where there are any.
 fn transport_words(error: &(dyn std::error::Error + 'static)) -> String {
+    if let Some(words) = treeboot_identity::tls::words(error) {
+        return printable(&words);
+    }
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {

@@ -11,6 +11,7 @@ mod fleet;
 mod host;
 mod image;
 mod import;
+mod login;
 mod output;
 mod parallel;
 mod serve;
@@ -66,6 +67,7 @@ enum Command {
     /// Boot and stop many virtual machines at once
     #[command(subcommand)]
     Fleet(fleet::FleetVerb),
+    Login(login::LoginArgs),
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  treeboot completions bash > /etc/bash_completion.d/treeboot")]
     Completions {
@@ -106,7 +108,11 @@ fn main() -> ExitCode {
 }
 
 async fn run(options: &Options, command: Command) -> Result<(), Failure> {
+    if !matches!(command, Command::Login(_) | Command::Completions { .. }) {
+        client::identify(options)?;
+    }
     match command {
+        Command::Login(args) => login::run(options, args).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Image(verb) => image::run(options, verb).await,
         Command::Host(verb) => host::run(options, verb).await,

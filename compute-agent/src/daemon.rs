@@ -9,12 +9,15 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use treeboot_identity::gate::Gate;
+use treeboot_identity::tls::{Acceptance, Dialer, Incoming, SetupError};
 use treeboot_types::{HostName, Labels};
 
 use crate::choice::{self, Places, PlaneOpenError, PlaneOptions};
 use crate::host::{Host, HostError, Refused, Settings};
+use crate::identity::{self, IdentityError, IdentityOptions};
 use crate::journal::{Journal, JournalError};
 use crate::rpc;
 
@@ -66,6 +69,9 @@ pub struct Options {
     /// Cache images here. [default: the state directory's `cache`]
     #[arg(long, env = "TREEBOOT_CACHE", value_name = "DIR")]
     pub cache: Option<PathBuf>,
+    /// How the host proves who it is.
+    #[command(flatten)]
+    pub identity: IdentityOptions,
     /// How blocks move.
     #[command(flatten)]
     pub plane: PlaneOptions,
@@ -110,6 +116,20 @@ pub enum DaemonError {
         #[source]
         source: io::Error,
     },
+    /// `--insecure` for more than this machine.
+    #[error(
+        "--insecure is for loopback addresses only, and {address} is none; for others join with a token: treeboot-coordinator token create"
+    )]
+    InsecureAddress {
+        /// As given.
+        address: SocketAddr,
+    },
+    /// No identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// TLS.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
     /// The plane does not start.
     #[error(transparent)]
     Plane(#[from] PlaneOpenError),
@@ -175,6 +195,7 @@ pub struct Daemon {
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     refused: oneshot::Receiver<Refused>,
+    _renewal: DropGuard,
     _lock: Flock<std::fs::File>,
 }
 
@@ -193,17 +214,29 @@ impl Daemon {
         std::fs::create_dir_all(&state).map_err(state_error(&state))?;
         let lock = lock(&state)?;
         let instance = instance(&state, &options.name)?;
+        for address in [options.listen, options.portal] {
+            if options.identity.insecure && !address.ip().is_loopback() {
+                return Err(DaemonError::InsecureAddress { address });
+            }
+        }
+        let coordinator = url(&options.coordinator);
         let listener = TcpListener::bind(options.listen).await;
         let listener = listener.map_err(|source| DaemonError::Listen {
             address: options.listen,
             source,
         })?;
         let address = listener.local_addr().map_err(state_error(&state))?;
-        for address in [address, options.portal] {
-            if !address.ip().is_loopback() {
-                tracing::warn!(%address, "there is no authentication yet: whoever reaches this address can use this host");
+        let own = identity::open(&options.identity, &state, &options.name, &coordinator).await?;
+        let (acceptance, dialer, authority) = match &own {
+            Some(own) => {
+                let authority = own.holder.current().authority().clone();
+                (Acceptance::mutual(&own.holder)?, own.dialer()?, Some(authority))
             }
-        }
+            None => {
+                tracing::warn!(%address, "this host has no certificate and asks for none: whoever reaches it can use it");
+                (Acceptance::Insecure, Dialer::Insecure, None)
+            }
+        };
         let store = options.store.as_deref().map(absolute).transpose()?;
         let places = Places {
             host: options.name.clone(),
@@ -234,17 +267,22 @@ impl Daemon {
             instance,
             state_dir: state,
             store_dir: store,
-            coordinator: url(&options.coordinator),
+            coordinator: coordinator.clone(),
+            dialer: dialer.clone(),
             agent_address: advertised(options.advertise.as_deref(), address),
             labels: options.labels.iter().cloned().collect::<Labels>(),
             weight: options.weight,
         };
         let (host, refused) = Host::start(settings, plane, journal).await?;
         let (stop, mut stopped) = watch::channel(false);
+        let renewal = CancellationToken::new();
+        if let Some(own) = own {
+            tokio::spawn(own.keep_new(dialer, coordinator, renewal.clone()));
+        }
         let server = Server::builder()
-            .tcp_nodelay(true)
+            .layer(Gate::new(authority))
             .add_service(rpc::server(host.clone()))
-            .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+            .serve_with_incoming_shutdown(Incoming::new(listener, acceptance), async move {
                 // The sender's end is the daemon's.
                 let _ = stopped.wait_for(|stop| *stop).await;
             });
@@ -255,6 +293,7 @@ impl Daemon {
             stop,
             server: tokio::spawn(server),
             refused,
+            _renewal: renewal.drop_guard(),
             _lock: lock,
         };
         if let Some(path) = &options.ready_file {

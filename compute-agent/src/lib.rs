@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod desired;
 pub mod doctor;
 pub mod host;
+pub mod identity;
 pub mod journal;
 pub mod link;
 pub mod plane;

@@ -10,10 +10,11 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use treeboot_identity::tls::Incoming;
 use treeboot_proto::v1::coordinator_server::CoordinatorServer;
 use treeboot_types::PathPolicy;
 
+use crate::identity::{Security, SecurityError, parse_life};
 use crate::owner;
 use crate::rpc::CoordinatorService;
 use crate::store::{SledStore, Store, StoreError};
@@ -70,6 +71,12 @@ pub struct Options {
     /// How long a slot lasts that nobody registered, in milliseconds; at least 3.5 beats. [default: 5 beats]
     #[arg(long, env = "TREEBOOT_PENDING_LEASE_MS")]
     pub pending_lease_ms: Option<u64>,
+    /// Neither certificates nor tokens, for a laptop: listens on loopback only.
+    #[arg(long, env = "TREEBOOT_INSECURE")]
+    pub insecure: bool,
+    /// How long a host's certificate holds, for instance 30d; a host renews it when two thirds of that are over.
+    #[arg(long, env = "TREEBOOT_HOST_CERTIFICATE_LIFE", default_value = "30d", value_parser = parse_life, value_name = "TIME")]
+    pub host_certificate_life: Duration,
     /// Write the bound address as JSON to this file once serving.
     #[arg(long, env = "TREEBOOT_READY_FILE", value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
@@ -131,6 +138,23 @@ pub enum DaemonError {
         #[source]
         source: io::Error,
     },
+    /// `--insecure` for more than this machine.
+    #[error(
+        "--insecure is for loopback addresses only, and {address} is none; for others make an authority: treeboot-coordinator init"
+    )]
+    InsecureAddress {
+        /// As given.
+        address: SocketAddr,
+    },
+    /// `--insecure` where certificates are wanted.
+    #[error("{} holds an authority, and --insecure would let everybody in; leave it out", dir.display())]
+    InsecureAuthority {
+        /// The state directory.
+        dir: PathBuf,
+    },
+    /// The authority cannot be used.
+    #[error(transparent)]
+    Security(#[from] SecurityError),
     /// The record cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -228,6 +252,17 @@ impl Daemon {
     /// [`DaemonError`] says what is in the way.
     pub async fn start(options: &Options) -> Result<Self, DaemonError> {
         let settings = options.settings()?;
+        if options.insecure && !options.listen.ip().is_loopback() {
+            return Err(DaemonError::InsecureAddress {
+                address: options.listen,
+            });
+        }
+        let security = Security::open(&options.state, options.host_certificate_life)?;
+        if options.insecure && !security.is_none() {
+            return Err(DaemonError::InsecureAuthority {
+                dir: options.state.clone(),
+            });
+        }
         // The listener first: it costs nothing and fails fast.
         let listener = listen(options.listen).await?;
         let dir = options.state.clone();
@@ -237,14 +272,14 @@ impl Daemon {
                 dir: options.state.display().to_string(),
                 source: error.into(),
             })??;
-        let daemon = Self::start_with(settings, Arc::new(store), listener, &options.state).await?;
+        let daemon = Self::serve(settings, Arc::new(store), listener, &options.state, security).await?;
         if let Some(path) = &options.ready_file {
             write_ready_file(path, daemon.address)?;
         }
         Ok(daemon)
     }
 
-    /// Serves from any store on a bound listener; `dir` names the store in errors.
+    /// Serves from any store on a bound listener, without certificates; `dir` names the store in errors.
     ///
     /// # Errors
     /// [`DaemonError`] where the record cannot be read.
@@ -254,26 +289,39 @@ impl Daemon {
         listener: TcpListener,
         dir: &Path,
     ) -> Result<Self, DaemonError> {
+        Self::serve(settings, store, listener, dir, Security::none()).await
+    }
+
+    async fn serve(
+        settings: Settings,
+        store: Arc<dyn Store>,
+        listener: TcpListener,
+        dir: &Path,
+        security: Security,
+    ) -> Result<Self, DaemonError> {
         let address = listener.local_addr().map_err(|source| DaemonError::Listen {
             address: SocketAddr::from(([0, 0, 0, 0], 0)),
             source,
         })?;
-        if !address.ip().is_loopback() {
+        if security.is_none() {
             tracing::warn!(
                 %address,
-                "there is no authentication yet: whoever reaches this address can place hosts and remove images"
+                "no certificates are asked for: whoever reaches this address can place hosts and remove images; to \
+                 change that: treeboot-coordinator init"
             );
         }
         let forest = load(settings, Arc::clone(&store), dir).await?;
         let (stop, stopped) = watch::channel(false);
         let (handle, owner) = owner::spawn(forest, store, stopped.clone());
-        let service = CoordinatorServer::new(CoordinatorService::new(handle, stopped.clone()))
-            .max_decoding_message_size(MAX_MESSAGE_BYTES);
+        security.keep_new(stopped.clone());
+        let service = CoordinatorService::new(handle, security.registrar, stopped.clone());
+        let service = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let mut on_stop = stopped;
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
+            .layer(security.gate)
             .add_service(service)
-            .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+            .serve_with_incoming_shutdown(Incoming::new(listener, security.acceptance), async move {
                 let _ = on_stop.wait_for(|stop| *stop).await;
             });
         Ok(Self {

@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use treeboot_coordinator::daemon::{Daemon, Options};
+use treeboot_coordinator::identity;
 use treeboot_daemon::config::{self, ConfigCommand, ConfigFile, Read, Setting};
 
 /// Keeps the attach tree of every image, and tells each host where to read.
@@ -29,21 +30,61 @@ enum Command {
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),
+    #[command(flatten)]
+    Identity(identity::Command),
+}
+
+/// The verbs of the authority, by themselves: they want `--state` and nothing else of what a start wants.
+#[derive(Debug, Parser)]
+#[command(name = "treeboot-coordinator", version)]
+struct Verbs {
+    #[command(subcommand)]
+    command: identity::Command,
+}
+
+impl Verbs {
+    /// The words that they begin with.
+    const FIRST: [&str; 3] = ["init", "token", "user"];
 }
 
 fn main() -> ExitCode {
+    if std::env::args()
+        .nth(1)
+        .is_some_and(|word| Verbs::FIRST.contains(&word.as_str()))
+    {
+        return say(&Verbs::parse().command);
+    }
     let Read { options, settings } = match config::parse::<Arguments>() {
         Ok(read) => read,
         Err(code) => return code,
     };
-    if let Some(Command::Config(ConfigCommand::Check { json })) = options.command {
-        return check(&options.options, &settings, json);
+    match options.command {
+        Some(Command::Config(ConfigCommand::Check { json })) => {
+            return check(&options.options, &settings, json);
+        }
+        Some(Command::Identity(command)) => return say(&command),
+        None => {}
     }
     treeboot_daemon::log_to_stderr();
     match run(&options.options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does a verb of the authority, and prints what came of it.
+fn say(command: &identity::Command) -> ExitCode {
+    match command.run() {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            eprintln!("error: {error}{}", cause.unwrap_or_default());
             ExitCode::FAILURE
         }
     }

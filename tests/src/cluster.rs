@@ -9,6 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
+use treeboot_identity::tls::Dialer;
+use treeboot_identity::{Credentials, Holder, Who};
+use treeboot_types::HostName;
+
 use crate::binaries::Binaries;
 use crate::daemon::{Daemon, DaemonSpec};
 use crate::network::Network;
@@ -37,6 +41,8 @@ pub struct Plan {
     pub ipv6: bool,
     /// The hosts' names by number, from 0; `h1`, `h2`, ... where there is none.
     pub names: Vec<String>,
+    /// With an authority: hosts join by a token, and the tests' own clients and `treeboot` are an admin's.
+    pub secure: bool,
 }
 
 impl Default for Plan {
@@ -50,6 +56,7 @@ impl Default for Plan {
             namespaces: false,
             ipv6: false,
             names: Vec::new(),
+            secure: false,
         }
     }
 }
@@ -130,14 +137,68 @@ impl Cluster {
                 None => agent(number, &format!("h{number}")),
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self {
+        let cluster = Self {
             coordinator,
             origin,
             hosts,
             network,
             binaries,
             scratch,
-        })
+        };
+        if plan.secure {
+            cluster.secure()?;
+        }
+        Ok(cluster)
+    }
+
+    /// Makes the authority, a token for all hosts, and an admin.
+    fn secure(&self) -> Result<()> {
+        self.coordinator_says(&["init"])?;
+        let uses = self.agents().count().to_string();
+        let token = self.coordinator_says(&["token", "create", "--uses", &uses])?;
+        let admin = self.coordinator_says(&["user", "create", "admin", "--role", "admin"])?;
+        std::fs::write(self.admin_path(), &admin)?;
+        let admin = Holder::new(Credentials::from_pem(admin.as_bytes(), "the admin")?);
+        self.coordinator
+            .set_dialer(Dialer::mutual(&admin, Who::Coordinator)?);
+        for agent in self.agents() {
+            let who = Who::Host(HostName::new(agent.name())?);
+            agent.set_dialer(Dialer::mutual(&admin, who)?);
+            agent.set_env("TREEBOOT_JOIN_TOKEN", token.trim());
+        }
+        Ok(())
+    }
+
+    fn admin_path(&self) -> PathBuf {
+        self.scratch.path().join("admin.pem")
+    }
+
+    /// Where the coordinator keeps its state.
+    #[must_use]
+    pub fn coordinator_state(&self) -> PathBuf {
+        self.scratch.path().join("coordinator/state")
+    }
+
+    /// Runs `treeboot-coordinator` with a verb, on this cluster's state; gives its standard output.
+    ///
+    /// # Errors
+    /// It did not succeed; the error holds its words.
+    pub fn coordinator_says(&self, args: &[&str]) -> Result<String> {
+        let mut command = self.scratch.command(self.binaries.coordinator());
+        let output = command
+            .args(args)
+            .env("TREEBOOT_STATE", self.coordinator_state())
+            .output()
+            .context("could not start treeboot-coordinator")?;
+        if !output.status.success() {
+            bail!(
+                "treeboot-coordinator {} ended with {}: {}",
+                args.join(" "),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// Starts the origin and all hosts, at the same time, and waits until the coordinator knows them.
@@ -245,6 +306,9 @@ impl Cluster {
             .args(args)
             .env("TREEBOOT_COORDINATOR", self.coordinator.url()?)
             .env("NO_COLOR", "1");
+        if self.admin_path().exists() {
+            command.env("TREEBOOT_IDENTITY", self.admin_path());
+        }
         tokio::process::Command::from(command)
             .kill_on_drop(true)
             .output()
@@ -294,6 +358,12 @@ impl Cluster {
     #[must_use]
     pub fn agent_path(&self) -> PathBuf {
         self.binaries.agent()
+    }
+
+    /// The program `treeboot-coordinator`.
+    #[must_use]
+    pub fn coordinator_path(&self) -> PathBuf {
+        self.binaries.coordinator()
     }
 
     /// The program `treeboot`.

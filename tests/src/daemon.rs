@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
+use treeboot_identity::tls::Dialer;
 use treeboot_proto::v1::agent_client::AgentClient;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
 
@@ -55,6 +56,8 @@ pub struct DaemonSpec {
 struct Running {
     child: Option<Child>,
     bound: Option<Bound>,
+    /// How its service is reached, where it asks for certificates.
+    dialer: Option<Dialer>,
     environment: Vec<(String, String)>,
 }
 
@@ -320,10 +323,24 @@ impl Daemon {
         Ok(portal.to_string())
     }
 
+    /// Sets how its service is reached from now on.
+    pub fn set_dialer(&self, dialer: Dialer) {
+        self.running.lock().dialer = Some(dialer);
+    }
+
     async fn channel(&self) -> Result<Channel> {
-        Endpoint::from_shared(self.url()?)?
-            .connect_timeout(CONNECT_WITHIN)
-            .connect()
+        let dialer = self.running.lock().dialer.clone();
+        self.channel_by(&dialer.unwrap_or(Dialer::Insecure)).await
+    }
+
+    /// A connection to its gRPC service, made by `dialer`.
+    ///
+    /// # Errors
+    /// It does not answer, or the two do not trust each other.
+    pub async fn channel_by(&self, dialer: &Dialer) -> Result<Channel> {
+        let endpoint = Endpoint::from_shared(self.url()?)?.connect_timeout(CONNECT_WITHIN);
+        dialer
+            .connect(&endpoint)
             .await
             .with_context(|| format!("could not reach {}", self.spec.name))
     }

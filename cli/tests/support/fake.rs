@@ -253,6 +253,14 @@ impl Coordinator for FakeCoordinator {
     async fn remove(&self, _: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
         unused()
     }
+    async fn enroll(&self, _: Request<v1::EnrollRequest>) -> Result<Response<v1::CertifyResponse>, Status> {
+        Err(Status::unimplemented("not played"))
+    }
+
+    async fn renew(&self, _: Request<v1::RenewRequest>) -> Result<Response<v1::CertifyResponse>, Status> {
+        Err(Status::unimplemented("not played"))
+    }
+
     async fn leave(&self, _: Request<v1::LeaveRequest>) -> Answer<v1::LeaveResponse> {
         unused()
     }

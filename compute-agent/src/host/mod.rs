@@ -61,6 +61,8 @@ pub struct Settings {
     pub store_dir: Option<PathBuf>,
     /// The coordinator's URL.
     pub coordinator: String,
+    /// How the coordinator is reached.
+    pub dialer: treeboot_identity::tls::Dialer,
     /// `host:port` of the Agent service, as others reach it.
     pub agent_address: String,
     /// Where it stands.
@@ -177,7 +179,13 @@ impl Host {
             instance: settings.instance.clone(),
         };
         let stop = CancellationToken::new();
-        let (link, events) = Link::start(&settings.coordinator, identity, view, stop.clone())?;
+        let (link, events) = Link::start(
+            &settings.coordinator,
+            &settings.dialer,
+            identity,
+            view,
+            stop.clone(),
+        )?;
         let host = Self {
             shared: Arc::new(Shared {
                 settings,

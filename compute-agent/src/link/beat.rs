@@ -11,6 +11,8 @@ use treeboot_proto::v1;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
 use treeboot_proto::v1::push::Push;
 
+use crate::identity::reason;
+
 use super::{Identity, LinkEvent, Stream};
 
 /// First and longest pause before the stream is tried again.
@@ -270,15 +272,4 @@ fn state_digest(state: &v1::HostState) -> Vec<u8> {
         hasher.update(value);
     }
     hasher.finalize().to_vec()
-}
-
-/// The innermost reason of a status, which is what a person needs ("Connection refused").
-pub(super) fn reason(status: &tonic::Status) -> String {
-    let mut reason = status.message().to_owned();
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        reason = error.to_string();
-        source = error.source();
-    }
-    reason
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint as Address};
+use treeboot_identity::tls::Dialer;
 use treeboot_proto::v1;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
 use treeboot_types::{Endpoint, Epoch, HostName, Image, ImageId, ImageName, ImageRef, Placement};
@@ -125,6 +126,7 @@ impl Link {
     /// The address is not one.
     pub fn start(
         address: &str,
+        dialer: &Dialer,
         identity: Identity,
         view: impl HostView,
         stop: CancellationToken,
@@ -136,7 +138,7 @@ impl Link {
             })?
             .connect_timeout(CONNECT_LIMIT)
             .tcp_nodelay(true);
-        let client = CoordinatorClient::new(endpoint.connect_lazy());
+        let client = CoordinatorClient::new(dialer.channel(&endpoint));
         let (events, inbox) = mpsc::channel(EVENTS);
         let (state, stream) = watch::channel(Stream::Down("not connected yet".into()));
         let link = Self {
@@ -290,7 +292,9 @@ impl Link {
     ) -> Result<T, LinkError> {
         match tokio::time::timeout(CALL_LIMIT, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) if is_transport(&status) => Err(self.unavailable(beat::reason(&status))),
+            Ok(Err(status)) if is_transport(&status) => {
+                Err(self.unavailable(crate::identity::reason(&status)))
+            }
             Ok(Err(status)) => Err(LinkError::Refused(Box::new(status))),
             Err(_) => Err(self.unavailable(format_args!("no answer within {} s", CALL_LIMIT.as_secs()))),
         }

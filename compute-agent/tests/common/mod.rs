@@ -26,6 +26,7 @@ use tonic::{Request, Response, Status};
 use treeboot_agent::choice::PlaneOptions;
 use treeboot_agent::daemon::{Daemon, Options};
 use treeboot_agent::host::Host;
+use treeboot_agent::identity::IdentityOptions;
 use treeboot_agent::store::{ImportHeader, ImportPart};
 use treeboot_iscsi::initiator::{Session, SessionOptions};
 use treeboot_proto::v1;
@@ -205,6 +206,14 @@ impl Coordinator for Play {
         Ok(Response::new(v1::RemoveResponse {}))
     }
 
+    async fn enroll(&self, _: Request<v1::EnrollRequest>) -> Result<Response<v1::CertifyResponse>, Status> {
+        Err(Status::unimplemented("not played"))
+    }
+
+    async fn renew(&self, _: Request<v1::RenewRequest>) -> Result<Response<v1::CertifyResponse>, Status> {
+        Err(Status::unimplemented("not played"))
+    }
+
     async fn leave(&self, _: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
         Err(Status::unimplemented("not played"))
     }
@@ -346,6 +355,7 @@ pub fn options(dir: &Path, name: &str, coordinator: SocketAddr) -> Options {
         cache: None,
         labels: Vec::new(),
         weight: 1,
+        identity: IdentityOptions::default(),
         plane: PlaneOptions::default(),
         ready_file: None,
     }

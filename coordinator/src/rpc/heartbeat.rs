@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
+use treeboot_identity::tls::Peer;
 use treeboot_proto::v1;
 
 use crate::owner::{CallError, Handle, OUTGOING};
@@ -20,6 +21,7 @@ pub(super) async fn open(
     owner: Handle,
     next: &AtomicU64,
     stop: watch::Receiver<bool>,
+    peer: Peer,
     beats: Streaming<v1::Beat>,
 ) -> Result<ReceiverStream<Result<v1::Push, Status>>, CallError> {
     let stream = StreamId(next.fetch_add(1, Ordering::Relaxed));
@@ -27,7 +29,7 @@ pub(super) async fn open(
     owner.open(stream, pushes).await?;
     let (sender, receiver) = mpsc::channel(IN_TRANSIT);
     tokio::spawn(async move {
-        serve(&owner, stream, beats, queued, sender, stop).await;
+        serve(&owner, stream, &peer, beats, queued, sender, stop).await;
         owner.closed(stream).await;
     });
     Ok(ReceiverStream::new(receiver))
@@ -37,6 +39,7 @@ pub(super) async fn open(
 async fn serve(
     owner: &Handle,
     stream: StreamId,
+    peer: &Peer,
     mut beats: Streaming<v1::Beat>,
     queued: mpsc::Receiver<Push>,
     sender: Sender,
@@ -44,14 +47,20 @@ async fn serve(
 ) {
     let inward = async {
         while let Ok(Some(message)) = beats.message().await {
-            match convert::beat(&message) {
+            let beat = convert::beat(&message)
+                .map_err(|error| format!("the beat is not valid: {error}"))
+                .and_then(|beat| {
+                    super::own_name(peer, &beat.speaker.host)
+                        .map_err(|status| status.message().to_owned())?;
+                    Ok(beat)
+                });
+            match beat {
                 Ok(beat) => {
                     if owner.beat(stream, beat).await.is_err() {
                         return;
                     }
                 }
-                Err(error) => {
-                    let reason = format!("the beat is not valid: {error}");
+                Err(reason) => {
                     tracing::warn!(stream = stream.0, "{reason}");
                     let refused = v1::Push {
                         push: Some(convert::refused(reason)),

@@ -9,12 +9,15 @@ use std::sync::atomic::AtomicU64;
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use treeboot_identity::Who;
+use treeboot_identity::tls::Peer;
 use treeboot_proto::v1::coordinator_server::Coordinator;
 use treeboot_proto::{InvalidMessage, endpoint, image_id, image_id_or_newest, new_image, v1};
 use treeboot_types::HostName;
 
+use crate::identity::{EnrollError, Registrar};
 use crate::owner::{CallError, Handle};
-use crate::tree::{Answer, Call, Refusal};
+use crate::tree::{Answer, Call, Refusal, Speaker};
 
 /// Candidates of a search that names no limit.
 const SEARCH_LIMIT: usize = 16;
@@ -25,15 +28,17 @@ const MAX_SEARCH_LIMIT: usize = 1_024;
 #[derive(Debug, Clone)]
 pub struct CoordinatorService {
     owner: Handle,
+    registrar: Registrar,
     next_stream: Arc<AtomicU64>,
     stop: watch::Receiver<bool>,
 }
 
 impl CoordinatorService {
     /// A service whose heartbeat streams end when `stop` says so.
-    pub fn new(owner: Handle, stop: watch::Receiver<bool>) -> Self {
+    pub fn new(owner: Handle, registrar: Registrar, stop: watch::Receiver<bool>) -> Self {
         Self {
             owner,
+            registrar,
             next_stream: Arc::new(AtomicU64::new(1)),
             stop,
         }
@@ -41,6 +46,41 @@ impl CoordinatorService {
 
     async fn call(&self, call: Call) -> Result<Answer, Status> {
         self.owner.call(call).await.map_err(status_of_call)
+    }
+}
+
+/// Who called, on a connection of ours; without a word about it nobody did.
+fn peer<T>(request: &Request<T>) -> Peer {
+    request
+        .extensions()
+        .get::<Peer>()
+        .cloned()
+        .unwrap_or(Peer::Unknown {
+            address: std::net::SocketAddr::from(([0, 0, 0, 0], 0)),
+        })
+}
+
+/// A host speaks for itself only.
+fn speaker(peer: &Peer, host: &str, instance: &str) -> Result<Speaker, Status> {
+    let speaker = convert::speaker(host, instance).map_err(invalid)?;
+    own_name(peer, &speaker.host)?;
+    Ok(speaker)
+}
+
+fn own_name(peer: &Peer, host: &HostName) -> Result<(), Status> {
+    peer.speaks_for(host).map_err(|who| {
+        tracing::warn!(%who, %host, "a request for another host was refused");
+        Status::permission_denied(format!(
+            "a host speaks for itself only: this is {who}, and not host '{host}'"
+        ))
+    })
+}
+
+fn status_of_enroll(error: &EnrollError) -> Status {
+    match error {
+        EnrollError::NoAuthority => Status::failed_precondition(error.to_string()),
+        EnrollError::Token(token) if token.is_refusal() => Status::permission_denied(error.to_string()),
+        EnrollError::Token(_) | EnrollError::Ended => Status::internal(error.to_string()),
     }
 }
 
@@ -80,9 +120,9 @@ fn mismatch() -> Status {
 #[tonic::async_trait]
 impl Coordinator for CoordinatorService {
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
-        let request = request.into_inner();
+        let (peer, request) = (peer(&request), request.into_inner());
         let call = Call::Join {
-            speaker: convert::speaker(&request.host, &request.instance).map_err(invalid)?,
+            speaker: speaker(&peer, &request.host, &request.instance)?,
             image: image_id_or_newest(request.image.as_ref()).map_err(invalid)?,
             endpoint: endpoint(request.endpoint.as_ref()).map_err(invalid)?,
         };
@@ -98,9 +138,9 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<v1::RegisterRequest>,
     ) -> Result<Response<v1::RegisterResponse>, Status> {
-        let request = request.into_inner();
+        let (peer, request) = (peer(&request), request.into_inner());
         let call = Call::Register {
-            speaker: convert::speaker(&request.host, &request.instance).map_err(invalid)?,
+            speaker: speaker(&peer, &request.host, &request.instance)?,
             image: image_id(request.image.as_ref()).map_err(invalid)?.into(),
             epoch: convert::epoch(request.epoch).map_err(invalid)?,
         };
@@ -141,9 +181,9 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<v1::RemoveRequest>,
     ) -> Result<Response<v1::RemoveResponse>, Status> {
-        let request = request.into_inner();
+        let (peer, request) = (peer(&request), request.into_inner());
         let call = Call::Remove {
-            speaker: convert::speaker(&request.host, &request.instance).map_err(invalid)?,
+            speaker: speaker(&peer, &request.host, &request.instance)?,
             image: image_id(request.image.as_ref()).map_err(invalid)?.into(),
             epoch: convert::epoch(request.epoch).map_err(invalid)?,
         };
@@ -152,8 +192,8 @@ impl Coordinator for CoordinatorService {
     }
 
     async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
-        let request = request.into_inner();
-        let speaker = convert::speaker(&request.host, &request.instance).map_err(invalid)?;
+        let (peer, request) = (peer(&request), request.into_inner());
+        let speaker = speaker(&peer, &request.host, &request.instance)?;
         self.call(Call::Leave { speaker }).await?;
         Ok(Response::new(v1::LeaveResponse {}))
     }
@@ -168,6 +208,7 @@ impl Coordinator for CoordinatorService {
             self.owner.clone(),
             &self.next_stream,
             self.stop.clone(),
+            peer(&request),
             request.into_inner(),
         );
         Ok(Response::new(pushes.await.map_err(status_of_call)?))
@@ -177,7 +218,17 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<v1::AddImageRequest>,
     ) -> Result<Response<v1::AddImageResponse>, Status> {
-        let image = new_image(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let (peer, request) = (peer(&request), request.into_inner());
+        let image = new_image(request.image.as_ref()).map_err(invalid)?;
+        // A person's role was looked at already; a host adds what it holds itself.
+        if let Peer::Known {
+            who: Who::Host(_), ..
+        } = &peer
+        {
+            for host in image.origins.iter().filter_map(|origin| origin.host.as_ref()) {
+                own_name(&peer, host)?;
+            }
+        }
         match self.call(Call::AddImage { image }).await? {
             Answer::Image { image, created } => Ok(Response::new(v1::AddImageResponse {
                 image: Some((&image).into()),
@@ -259,5 +310,45 @@ impl Coordinator for CoordinatorService {
             .map_err(status_of_call)?
             .map_err(|refusal| status(&refusal))?;
         Ok(Response::new(convert::tree(&tree)))
+    }
+
+    async fn enroll(
+        &self,
+        request: Request<v1::EnrollRequest>,
+    ) -> Result<Response<v1::CertifyResponse>, Status> {
+        let (peer, request) = (peer(&request), request.into_inner());
+        let host = HostName::new(&request.host).map_err(|error| invalid(error.into()))?;
+        let enrolled = self
+            .registrar
+            .enroll(&request.token, host.clone(), request.request);
+        match enrolled.await {
+            Ok(response) => {
+                tracing::info!(%host, "a host joined and has its certificate");
+                Ok(Response::new(response))
+            }
+            Err(error) => {
+                tracing::warn!(?peer, %host, reason = %crate::owner::chain(&error), "a host may not join");
+                Err(status_of_enroll(&error))
+            }
+        }
+    }
+
+    async fn renew(
+        &self,
+        request: Request<v1::RenewRequest>,
+    ) -> Result<Response<v1::CertifyResponse>, Status> {
+        let (peer, request) = (peer(&request), request.into_inner());
+        let Peer::Known {
+            who: Who::Host(host), ..
+        } = peer
+        else {
+            return Err(Status::unauthenticated(
+                "a certificate is renewed for the host that shows it",
+            ));
+        };
+        let renewed = self.registrar.renew(host.clone(), request.request).await;
+        let response = renewed.map_err(|error| status_of_enroll(&error))?;
+        tracing::info!(%host, "a host has its next certificate");
+        Ok(Response::new(response))
     }
 }

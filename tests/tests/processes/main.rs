@@ -14,5 +14,6 @@ mod kernel_initiator;
 mod names;
 mod sectors;
 mod serve;
+mod strangers;
 mod striped;
 mod support;
