@@ -23,6 +23,13 @@ pub(super) struct StripeDevices {
     pub(super) fallbacks: Vec<DeviceNumber>,
 }
 
+impl StripeDevices {
+    /// Whether a device is one of them.
+    pub(super) fn holds(&self, device: DeviceNumber) -> bool {
+        self.active.contains(&device) || self.fallbacks.contains(&device)
+    }
+}
+
 /// The multipath device of a stripe. Without any device its reads wait.
 pub(super) fn multipath(
     sectors: Sectors,

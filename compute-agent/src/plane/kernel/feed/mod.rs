@@ -5,6 +5,7 @@
 //! goes back to the parents once one of them is up, and ends the queueing of reads that no path can serve. It never fails because of
 //! one parent. Deliberately absent: the devices above multipath, but for the one that verity reads from.
 
+mod choose;
 mod reads;
 mod seen;
 
@@ -29,6 +30,7 @@ use super::tables::StripeDevices;
 use crate::host::chain;
 use crate::plane::PlaneError;
 use crate::stack::{Backing, PathTo, Sources};
+use choose::{NOTHING, PATIENCE, all, choose, same_parents};
 use reads::Reads;
 
 /// Between two looks at sessions and paths. A failed path is passed over by the kernel at once; this is how soon it is taken back.
@@ -96,6 +98,8 @@ struct PathView {
 #[derive(Default)]
 struct State {
     sources: Sources,
+    /// Until when fallbacks that were not in use are left out, where no parent is up.
+    patient_until: Option<Instant>,
     /// Set while devices stand on the paths.
     base: Option<BaseRecord>,
     /// What was built for `base` and for which shape of sources.
@@ -139,13 +143,6 @@ impl Drop for Feed {
     }
 }
 
-fn all(sources: &Sources) -> impl Iterator<Item = (u32, bool, &PathTo)> {
-    (0u32..).zip(&sources.stripes).flat_map(|(stripe, paths)| {
-        let active = paths.active.iter().map(move |path| (stripe, true, path));
-        active.chain(paths.fallbacks.iter().map(move |path| (stripe, false, path)))
-    })
-}
-
 impl Feed {
     /// Starts keeping a content's paths. `base`: what stands on them already, found after a restart.
     pub(super) fn start(
@@ -158,6 +155,8 @@ impl Feed {
             digest,
             sys: Arc::clone(sys),
             state: Mutex::new(State {
+                // What was found after a restart has readers already.
+                patient_until: base.is_none().then(|| Instant::now() + PATIENCE),
                 sources,
                 built: base.is_some(),
                 base,
@@ -193,6 +192,9 @@ impl Feed {
             if state.sources == *sources {
                 return;
             }
+            if !same_parents(&state.sources, sources) {
+                state.patient_until = Some(Instant::now() + PATIENCE);
+            }
             state.sources = sources.clone();
             // A parent that is named anew is tried at once.
             state
@@ -223,7 +225,7 @@ impl Feed {
     pub(super) async fn build(self: &Arc<Self>, base: BaseRecord) -> Result<DeviceNumber, PlaneError> {
         let links = self.links().await?;
         let sources = self.sources();
-        let devices = self.choose(&sources, base.content.bytes, &links);
+        let devices = self.devices(&sources, base.content.bytes, &links);
         let (sys, digest) = (Arc::clone(&self.sys), self.digest);
         let (given, chosen) = (sources.clone(), devices.clone());
         let data = within("building the paths", move || {
@@ -277,31 +279,30 @@ impl Feed {
     }
 
     /// The devices of each stripe: those of sessions that are up, and of others that were used before and may come back.
-    fn choose(&self, sources: &Sources, bytes: u64, links: &HashMap<SessionKey, Link>) -> Vec<StripeDevices> {
+    fn devices(
+        &self,
+        sources: &Sources,
+        bytes: u64,
+        links: &HashMap<SessionKey, Link>,
+    ) -> Vec<StripeDevices> {
         let state = self.state.lock();
+        let patient = state.patient_until.is_some_and(|until| Instant::now() < until);
         (0..)
             .zip(&sources.stripes)
             .map(|(index, paths): (usize, _)| {
-                let loaded = state.stripes.get(index).map(|stripe| &stripe.devices);
-                let mut taken = HashSet::new();
-                let mut devices = |paths: &[PathTo]| -> Vec<DeviceNumber> {
-                    let device = |path: &PathTo| {
-                        let link = links.get(&state.key(path)?)?;
-                        let device = *link.devices.get(&path.endpoint.data_lun)?;
-                        let known = loaded.is_some_and(|loaded| {
-                            loaded.active.contains(&device) || loaded.fallbacks.contains(&device)
-                        });
-                        // A session that is not up blocks whoever opens its disk; one that is loaded is open.
-                        let usable =
-                            known || link.up && block_bytes(device).is_some_and(|size| size >= bytes);
-                        (usable && taken.insert(device)).then_some(device)
-                    };
-                    paths.iter().filter_map(device).collect()
+                let loaded = state
+                    .stripes
+                    .get(index)
+                    .map_or(&NOTHING, |stripe| &stripe.devices);
+                let device = |path: &PathTo| {
+                    let link = links.get(&state.key(path)?)?;
+                    let device = *link.devices.get(&path.endpoint.data_lun)?;
+                    // A session that is not up blocks whoever opens its disk; one that is loaded is open.
+                    let usable = loaded.holds(device)
+                        || link.up && block_bytes(device).is_some_and(|size| size >= bytes);
+                    usable.then_some(device)
                 };
-                StripeDevices {
-                    active: devices(&paths.active),
-                    fallbacks: devices(&paths.fallbacks),
-                }
+                choose(paths, loaded, patient, device)
             })
             .collect()
     }
@@ -417,7 +418,7 @@ impl Feed {
         sources: &Sources,
         links: &HashMap<SessionKey, Link>,
     ) -> Result<(), PlaneError> {
-        let devices = self.choose(sources, base.content.bytes, links);
+        let devices = self.devices(sources, base.content.bytes, links);
         let same = {
             let state = self.state.lock();
             state.stripes.len() == devices.len()
