@@ -12,8 +12,10 @@ use treeboot_tests::network::LinkBytes;
 
 use crate::support::{import, sha256, with_spec};
 
-/// What a host may get above the image's bytes: chunks that its cache missed and that are asked for again.
+/// What the origin may ship above the image's bytes to each of its children.
 const SURPLUS: f64 = 0.10;
+/// What any host may get above them: chunks that its cache missed, or that several readers met at.
+const HOST_SURPLUS: f64 = 0.25;
 /// Two below the origin, four below these, one below those.
 const HOSTS: usize = 7;
 const FAN_OUT: u64 = 2;
@@ -45,7 +47,7 @@ impl Links {
     }
 }
 
-/// Prints who got what from whom since `before`, as a table; gives those who got more than the image and [`SURPLUS`].
+/// Prints who got what from whom since `before`, as a table; gives those who got more than they may.
 ///
 /// What was got is counted by the agents, without headers, from parents and fallbacks together; what links carried holds the headers (5 % of
 /// full segments), the hash tree (1 %) and everything else.
@@ -77,14 +79,15 @@ async fn greedy(lab: &Lab, before: &Links, distinct: u64) -> Result<Vec<String>>
         if node["depth"] == 1 {
             from_origin += parent;
         }
-        if times(parent + fallback) > 1.0 + SURPLUS {
+        if times(parent + fallback) > 1.0 + HOST_SURPLUS {
             greedy.push(name.to_owned());
         }
+        from_origin += fallback;
     }
-    println!(
-        "the origin's children got {:.3} of the image from it",
-        times(from_origin)
-    );
+    println!("the origin shipped {:.3} of the image", times(from_origin));
+    if times(from_origin) > FAN_OUT as f64 * (1.0 + SURPLUS) {
+        greedy.push("the origin's children".to_owned());
+    }
     Ok(greedy)
 }
 
@@ -145,11 +148,7 @@ async fn scenario(lab: &Lab, bytes: u64, start: Start) -> Result<()> {
             .await?;
         ensure!(sum.starts_with(&expected), "{} has other bytes", host.name());
     }
-    ensure!(
-        greedy.is_empty(),
-        "{} got more than one image and {SURPLUS} of it",
-        greedy.join(", ")
-    );
+    ensure!(greedy.is_empty(), "{} got more than they may", greedy.join(", "));
     Ok(())
 }
 
@@ -183,7 +182,12 @@ fn spread_large() -> Result<()> {
 #[test]
 #[ignore = "by hand: cargo xtask lab test spread_at_once"]
 fn spread_at_once() -> Result<()> {
-    test("lab-spread-at-once", 64 << 20, Start::AtOnce, &[])
+    test(
+        "lab-spread-at-once",
+        64 << 20,
+        Start::AtOnce,
+        &["--fill-rate", "100M"],
+    )
 }
 
 #[test]

@@ -26,6 +26,9 @@ const RETRY: Duration = Duration::from_secs(5);
 const ENDS_WITHIN: Duration = Duration::from_secs(10);
 /// Chunks between two savings of what is filled: what is lost of it is read once more, from the cache.
 const SAVE_EVERY: u64 = 1024;
+/// How far ahead of the beginning the filler begins, in chunks: 8 MiB. Whoever reads an image from its beginning does so when it is attached, as the
+/// filler does, and bcache lets both of two reads of a chunk that it lacks through. So the filler goes ahead of them.
+const LEAD: u64 = 128;
 
 /// The task.
 pub(super) struct Keeper {
@@ -132,7 +135,7 @@ impl Work {
         }
     }
 
-    /// Two rounds for bcache, which misses some at its first reading; one for dm-cache.
+    /// Two rounds for bcache, which misses some at its first reading; one for dm-cache. Each begins [`LEAD`] behind the beginning, which comes last.
     async fn fill(&self, mut filler: Filler, _used: Use) {
         let Some(settings) = self.sys.settings.group.as_ref() else {
             return;
@@ -150,36 +153,39 @@ impl Work {
             if round > 0 {
                 filler.again();
             }
-            let mut next = 0;
-            while let Some(chunk) = filler.missing(next..filler.chunks()) {
-                if self.stop.is_cancelled() || !self.serves() {
-                    let _ = filler.save();
-                    return;
-                }
-                next = chunk;
-                let Ok((back, filled)) = fill_one(filler, chunk).await else {
-                    return;
-                };
-                filler = back;
-                match filled {
-                    Ok(bytes) => {
-                        if round == 0 {
-                            self.filled.fetch_add(bytes, Ordering::Relaxed);
-                        }
-                        let wait = pace.after(bytes, begun.elapsed());
-                        if !wait.is_zero() {
-                            self.pause(wait).await;
-                        }
-                        if chunk % SAVE_EVERY == SAVE_EVERY - 1 {
-                            let _ = filler.save();
-                        }
+            let lead = LEAD.min(filler.chunks() / 2);
+            for span in [lead..filler.chunks(), 0..lead] {
+                let mut next = span.start;
+                while let Some(chunk) = filler.missing(next..span.end) {
+                    if self.stop.is_cancelled() || !self.serves() {
+                        let _ = filler.save();
+                        return;
                     }
-                    Err(error) => {
-                        tracing::debug!(
-                            content = %self.base.content.digest.short(), error = %chain(&error),
-                            "a chunk was not brought in; tried again"
-                        );
-                        self.pause_while_it_serves(RETRY).await;
+                    next = chunk;
+                    let Ok((back, filled)) = fill_one(filler, chunk).await else {
+                        return;
+                    };
+                    filler = back;
+                    match filled {
+                        Ok(bytes) => {
+                            if round == 0 {
+                                self.filled.fetch_add(bytes, Ordering::Relaxed);
+                            }
+                            let wait = pace.after(bytes, begun.elapsed());
+                            if !wait.is_zero() {
+                                self.pause(wait).await;
+                            }
+                            if chunk % SAVE_EVERY == SAVE_EVERY - 1 {
+                                let _ = filler.save();
+                            }
+                        }
+                        Err(error) => {
+                            tracing::debug!(
+                                content = %self.base.content.digest.short(), error = %chain(&error),
+                                "a chunk was not brought in; tried again"
+                            );
+                            self.pause_while_it_serves(RETRY).await;
+                        }
                     }
                 }
             }

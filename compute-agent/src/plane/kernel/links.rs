@@ -1,7 +1,8 @@
 //! Sessions with parents, as the paths need them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::time::Duration;
 
 use treeboot_dm::DeviceNumber;
 use treeboot_iscsi::open_iscsi::{Endpoint, OpenIscsiError, SessionState};
@@ -62,8 +63,16 @@ pub(super) fn look(sys: &Sys) -> Result<HashMap<SessionKey, Link>, PlaneError> {
     Ok(sessions.collect())
 }
 
+/// How long a portal may take to accept a connection, before a login is tried at all.
+const ACCEPTS_WITHIN: Duration = Duration::from_secs(1);
+
 /// Makes a session and waits for the LUN's disk.
 pub(super) fn log_in(sys: &Sys, key: &SessionKey, lun: u16) -> Result<(), PlaneError> {
+    // iscsid waits many seconds for a portal that is not there, and for as long nothing else can be tried. A parent that is only about to
+    // export is there in a moment.
+    TcpStream::connect_timeout(&key.portal, ACCEPTS_WITHIN)
+        .map(drop)
+        .map_err(|error| failed(format!("no portal at {}", key.portal), error))?;
     let session = sys.iscsi.login(&endpoint(key), None, &[lun]);
     session.map(drop).map_err(error)
 }

@@ -10,7 +10,7 @@ use crate::stack::{PathTo, Sources, StripePaths};
 
 /// How long reads wait for parents that are named and not up yet before they go to a fallback. A parent is often only about to export, and
 /// a fleet whose hosts all read from the origin until their parents are up is what the tree is to prevent.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(8);
 
 /// A stripe for which nothing was loaded yet.
 pub(super) static NOTHING: StripeDevices = StripeDevices {

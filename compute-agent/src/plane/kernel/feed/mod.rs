@@ -373,6 +373,10 @@ impl Feed {
                 let pause = match state.attempts.get(&key) {
                     Some(Attempt::Running) => continue,
                     Some(Attempt::Failed { again, .. }) if *again > now => continue,
+                    // Those that others wait for are tried often: each is about to export.
+                    Some(Attempt::Failed { .. }) if state.patient_until.is_some_and(|until| now < until) => {
+                        RETRY.0
+                    }
                     Some(Attempt::Failed { pause, .. }) => (*pause * 2).min(RETRY.1),
                     None => RETRY.0,
                 };
