@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::stripe::{Node, Stripe};
+use super::layer::{Layer, Node};
+use super::place::Around;
+use super::scope::Scope;
 use super::{Forest, Grove};
 
 impl Forest {
@@ -12,8 +14,9 @@ impl Forest {
     /// Says which law is broken, where.
     pub fn audit(&self) -> Result<(), String> {
         for (id, grove) in &self.images {
-            for (index, stripe) in grove.stripes.iter().enumerate() {
-                audit_stripe(grove, index, stripe).map_err(|why| format!("image {id}: {why}"))?;
+            for stripe in 0..grove.stripes.len() {
+                audit_layers(grove, stripe).map_err(|why| format!("image {id}: {why}"))?;
+                audit_links(grove, stripe).map_err(|why| format!("image {id}: {why}"))?;
             }
             for (host, place) in &grove.places {
                 // No slot without a lease, and no lease without a host.
@@ -29,6 +32,9 @@ impl Forest {
                 }
                 if grove.is_origin(host) {
                     return Err(format!("{id}: origin '{host}' is a child"));
+                }
+                if place.scope != Scope::of(&known.info.labels) {
+                    return Err(format!("{id}: '{host}' stands in another rack than it is in"));
                 }
                 let (stripes, children) = self.view(grove, host);
                 if place.told.stripes != stripes || place.told.children != children {
@@ -47,18 +53,24 @@ impl Forest {
         Ok(())
     }
 
-    /// Checks that no tree is deeper than the best one by more than the slack.
+    /// Checks that no layer is deeper than the best one by more than the slack. A host's depth is that of its rack among the racks
+    /// and its own within the rack, so it is at most the sum of the best depths of both and twice the slack, less the entrance.
     ///
     /// # Errors
     /// Says which tree is.
     pub fn audit_depth(&self) -> Result<(), String> {
+        let around = Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
         for (id, grove) in &self.images {
-            for stripe in &grove.stripes {
-                let (deepest, hosts) = (stripe.deepest(), stripe.hosts());
-                let best = self.settings.policy.best_depth(hosts, grove.image.stripes);
+            for (scope, layer) in grove.stripes.iter().flat_map(|stripe| stripe.layers()) {
+                let (deepest, members) = (layer.deepest(), layer.count());
+                let best = around.best_depth_of(layer, members, grove.image.stripes);
                 if deepest > best + super::place::DEPTH_SLACK {
                     return Err(format!(
-                        "{id}: {hosts} hosts at depth {deepest}; the best is {best}"
+                        "{id}: {members} members of {scope:?} at depth {deepest}; the best is {best}"
                     ));
                 }
             }
@@ -67,23 +79,78 @@ impl Forest {
     }
 }
 
-fn audit_stripe(grove: &Grove, index: usize, stripe: &Stripe) -> Result<(), String> {
-    let vertices: BTreeMap<_, _> = stripe.vertices().collect();
-    let hosts: BTreeSet<_> = vertices
-        .keys()
-        .filter_map(|n| match n {
-            Node::Host(host) => Some(host),
-            Node::Origin(_) => None,
-        })
-        .collect();
-    let standing = grove.places.iter().filter(|(_, place)| index < place.stripes);
-    let places: BTreeSet<_> = standing.map(|(host, _)| host).collect();
-    let capacity: u32 = vertices.values().map(|vertex| vertex.capacity).sum();
-    if capacity != stripe.capacity() {
-        return Err(format!("{capacity} shares, but it says {}", stripe.capacity()));
+/// Hosts stand in exactly the layers that their places say, and groups where hosts are.
+fn audit_layers(grove: &Grove, stripe: usize) -> Result<(), String> {
+    let mut expected: BTreeMap<Scope, BTreeSet<Node>> = BTreeMap::from([(Scope::Fleet, BTreeSet::new())]);
+    let standing = grove.places.iter().filter(|(_, place)| stripe < place.stripes);
+    for (host, place) in standing {
+        let mut member = Node::Host(host.clone());
+        for scope in place.scope.outward() {
+            expected.entry(scope.clone()).or_default().insert(member);
+            member = Node::Group(scope);
+        }
     }
-    if hosts != places || stripe.hosts() != hosts.len() {
-        return Err(format!("slots of {hosts:?}, but places of {places:?}"));
+    let Some(tree) = grove.stripes.get(stripe) else {
+        return Err("a stripe is missing".into());
+    };
+    let scopes: BTreeSet<&Scope> = tree.layers().map(|(scope, _)| scope).collect();
+    if scopes != expected.keys().collect() {
+        return Err(format!("layers of {scopes:?}, but places in {expected:?}"));
+    }
+    for (scope, layer) in tree.layers() {
+        let members: BTreeSet<Node> = layer.members().cloned().collect();
+        if expected.get(scope) != Some(&members) || layer.count() != members.len() {
+            return Err(format!("{scope:?} has {members:?}, but places say {expected:?}"));
+        }
+        audit_layer(layer).map_err(|why| format!("{scope:?}: {why}"))?;
+    }
+    Ok(())
+}
+
+/// What layers come to when they are put together: depths fall along every edge, children know their parents, and a stripe
+/// comes into a rack or a zone over one link.
+fn audit_links(grove: &Grove, stripe: usize) -> Result<(), String> {
+    let mut crossings: BTreeMap<Scope, BTreeSet<&str>> = BTreeMap::new();
+    let standing = grove.places.iter().filter(|(_, place)| stripe < place.stripes);
+    for (host, place) in standing {
+        let node = Node::Host(host.clone());
+        let depth = grove
+            .depth(stripe, &node)
+            .ok_or(format!("'{host}' has no depth"))?;
+        let parents = grove.parents(stripe, &node);
+        if parents.is_empty() {
+            return Err(format!("'{host}' reads from nobody"));
+        }
+        for parent in parents.keys() {
+            let above = grove
+                .depth(stripe, parent)
+                .ok_or(format!("{parent:?} has no depth"))?;
+            if above >= depth {
+                return Err(format!("'{host}' at {depth} reads from {parent:?} at {above}"));
+            }
+            if !grove.children(stripe, parent).contains(&node) {
+                return Err(format!("{parent:?} has child '{host}', which it does not know"));
+            }
+            let around = match parent {
+                Node::Host(parent) => grove.scope_of(parent).map(Scope::outward).unwrap_or_default(),
+                _ => vec![Scope::Fleet],
+            };
+            for scope in place.scope.outward().into_iter().filter(|s| !around.contains(s)) {
+                crossings.entry(scope).or_default().insert(host.as_str());
+            }
+        }
+    }
+    match crossings.iter().find(|(_, heads)| heads.len() > 1) {
+        Some((scope, heads)) => Err(format!("stripe {stripe} comes into {scope:?} by {heads:?}")),
+        None => Ok(()),
+    }
+}
+
+fn audit_layer(layer: &Layer) -> Result<(), String> {
+    let vertices: BTreeMap<_, _> = layer.vertices().collect();
+    let capacity: u32 = vertices.values().map(|vertex| vertex.capacity).sum();
+    if capacity != layer.capacity() {
+        return Err(format!("{capacity} shares, but it says {}", layer.capacity()));
     }
     for (node, vertex) in &vertices {
         let used: u32 = vertex.children.values().sum();
@@ -94,16 +161,14 @@ fn audit_stripe(grove: &Grove, index: usize, stripe: &Stripe) -> Result<(), Stri
             ));
         }
         for (child, shares) in &vertex.children {
-            let back = stripe.host(child).and_then(|c| c.parents.get(node));
+            let back = layer.get(child).and_then(|c| c.parents.get(*node));
             if back != Some(shares) {
-                return Err(format!("{node:?} has child '{child}', which does not know"));
+                return Err(format!("{node:?} has child {child:?}, which does not know"));
             }
         }
         for (parent, shares) in &vertex.parents {
             let above = vertices.get(parent).ok_or(format!("{parent:?} is not there"))?;
-            if let Node::Host(host) = node
-                && above.children.get(host) != Some(shares)
-            {
+            if above.children.get(*node) != Some(shares) {
                 return Err(format!("{node:?} reads from {parent:?}, which does not know"));
             }
             // With this for every edge there is no cycle, and going up ends at depth 0.
@@ -116,9 +181,9 @@ fn audit_stripe(grove: &Grove, index: usize, stripe: &Stripe) -> Result<(), Stri
             .keys()
             .filter_map(|p| Some(vertices.get(p)?.depth))
             .max();
-        match (node, deepest) {
-            (Node::Origin(_), None) if vertex.depth == 0 => {}
-            (Node::Host(_), Some(deepest)) if vertex.depth == deepest + 1 => {}
+        match (node.is_root(), deepest) {
+            (true, None) if vertex.depth == 0 => {}
+            (false, Some(deepest)) if vertex.depth == deepest + 1 => {}
             _ => {
                 return Err(format!(
                     "{node:?} has depth {}, its parents {deepest:?}",
@@ -126,21 +191,26 @@ fn audit_stripe(grove: &Grove, index: usize, stripe: &Stripe) -> Result<(), Stri
                 ));
             }
         }
-        let indexed = stripe.with_room().any(|(n, _)| n == *node);
-        if indexed != (vertex.free() > 0) {
-            return Err(format!("{node:?} is in the wrong index"));
-        }
-        let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
-        if let Node::Host(host) = node
-            && stripe.idle().any(|(at, h)| at == vertex.depth && h == host) != is_idle
-        {
-            return Err(format!("{node:?} is idle or not, the index says otherwise"));
-        }
-        if let Node::Host(host) = node
-            && !stripe.level(vertex.depth).any(|h| h == host)
-        {
-            return Err(format!("{node:?} is not in its level"));
-        }
+        audit_indices(layer, node)?;
+    }
+    Ok(())
+}
+
+fn audit_indices(layer: &Layer, node: &Node) -> Result<(), String> {
+    let Some(vertex) = layer.get(node) else {
+        return Ok(());
+    };
+    let indexed = layer.with_room().any(|(n, _)| n == node);
+    if indexed != (vertex.free() > 0) {
+        return Err(format!("{node:?} is in the wrong index"));
+    }
+    let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
+    let indexed = layer.idle().any(|(at, m)| at == vertex.depth && m == node);
+    if !node.is_root() && indexed != is_idle {
+        return Err(format!("{node:?} is idle or not, the index says otherwise"));
+    }
+    if !node.is_root() && !layer.level(vertex.depth).any(|m| m == node) {
+        return Err(format!("{node:?} is not in its level"));
     }
     Ok(())
 }

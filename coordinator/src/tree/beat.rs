@@ -2,9 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use treeboot_types::{AttachState, Attachment, BadParent, Endpoint, Epoch, Fault, HostName, ImageId};
+use treeboot_types::{
+    AttachState, Attachment, BadParent, Endpoint, Epoch, Fault, HostInfo, HostName, ImageId,
+};
 
-use super::stripe::Node;
+use super::enter::Entered;
+use super::layer::Node;
+use super::place::At;
+use super::scope::Scope;
 use super::{
     Beat, Change, Effect, Forest, Grove, Host, HostRecord, HostState, Key, MAX_ATTACHMENTS, MAX_HOSTS, Note,
     Push, Record, Refusal, Speaker, StreamId, place,
@@ -93,12 +98,7 @@ impl Forest {
             out.push(Effect::Close(old));
         }
         self.streams.insert(stream, name.clone());
-        let welcome = Push::Welcome {
-            epoch: self.epoch,
-            beat_ms: self.settings.beat_ms,
-            lease_ms: self.settings.lease_ms,
-        };
-        out.push(Effect::Push(stream, welcome));
+        out.push(Effect::Push(stream, self.welcome()));
         let origins: Vec<ImageId> = self
             .images
             .iter()
@@ -111,6 +111,14 @@ impl Forest {
             self.tell_origin(&image, name);
         }
         true
+    }
+
+    fn welcome(&self) -> Push {
+        Push::Welcome {
+            epoch: self.epoch,
+            beat_ms: self.settings.beat_ms,
+            lease_ms: self.settings.lease_ms,
+        }
     }
 
     fn save_host(&self, name: &HostName, out: &mut Vec<Effect>) {
@@ -161,8 +169,13 @@ impl Forest {
             .map(|a| a.image.clone())
             .collect();
         if host.info != state.info {
+            let stands = |info: &HostInfo| (Scope::of(&info.labels), info.weight, info.max_stripes);
+            let stands_otherwise = stands(&host.info) != stands(&state.info);
             host.info = state.info;
             self.save_host(name, out);
+            if stands_otherwise {
+                self.place_again(name);
+            }
         }
         let newest = state
             .attachments
@@ -173,8 +186,38 @@ impl Forest {
         if newest > self.epoch {
             self.begin_incarnation(name, newest, out);
         }
+        self.forget_claims(name);
         for attachment in state.attachments.into_iter().take(MAX_ATTACHMENTS) {
             self.compare(name, attachment, is_first, out);
+        }
+    }
+
+    /// A host stands in another rack than before, or offers more or less: its places no longer suit it.
+    fn place_again(&mut self, name: &HostName) {
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
+        for (id, grove) in &mut self.images {
+            let Some(place) = grove.places.get(name) else {
+                continue;
+            };
+            let (old, joined) = (place.scope.clone(), place.joined);
+            around.go(grove, name, &old);
+            // There was room for it a moment ago, in as many stripes or fewer.
+            let entered = around.enter(grove, name, joined);
+            match (grove.places.get_mut(name), entered) {
+                (Some(place), Some(entered)) => {
+                    place.scope = entered.scope;
+                    place.home = entered.home;
+                    place.stripes = entered.stripes;
+                    self.unsaved.insert((id.clone(), name.clone()));
+                }
+                // Its next state brings it back as one that the record lacks.
+                _ => drop(grove.places.remove(name)),
+            }
+            self.changed.insert(id.clone());
         }
     }
 
@@ -192,6 +235,11 @@ impl Forest {
             seen,
             now: self.epoch,
         }));
+        self.open_window();
+        // Agents with stores tell a new incarnation of their images.
+        for stream in self.streams.keys() {
+            out.push(Effect::Push(*stream, self.welcome()));
+        }
     }
 
     /// Compares what a host says of one attachment with the record. What is equal changes nothing.
@@ -206,10 +254,16 @@ impl Forest {
                     host: name.clone(),
                     image: id,
                 }));
+                // An origin may bring the image's record back.
+                self.claim(name, theirs);
             }
             return;
         };
         if grove.is_origin(name) {
+            return;
+        }
+        if self.window.is_some() {
+            self.claim(name, theirs);
             return;
         }
         if grove.image.digest != theirs.digest {
@@ -271,12 +325,29 @@ impl Forest {
 
     /// Enters a place as its host has it; false if its parents are not there or have no room.
     fn adopt(&mut self, name: &HostName, theirs: &Attachment, endpoint: Endpoint) -> bool {
+        let around = place::Around {
+            hosts: &self.hosts,
+            dying: &self.dying,
+            settings: &self.settings,
+        };
         let Some(grove) = self.images.get(&theirs.image) else {
             return false;
         };
-        let Some(parents) = self.parents_as_told(grove, name, theirs) else {
+        let (scope, stripes) = (around.scope_for(name), around.stands_in(grove, name));
+        let Some(parents) = self.parents_as_told(grove, stripes, theirs) else {
             return false;
         };
+        let mut ways = Vec::new();
+        for (stripe, parents) in parents.iter().enumerate() {
+            let at = At {
+                stripe,
+                scope: &scope,
+            };
+            let Some(way) = around.way_in(grove, at, name, parents, true) else {
+                return false;
+            };
+            ways.push(way);
+        }
         let joined = self.take_epoch().counter;
         let around = place::Around {
             hosts: &self.hosts,
@@ -286,35 +357,26 @@ impl Forest {
         let Some(grove) = self.images.get_mut(&theirs.image) else {
             return false;
         };
-        let (stands_in, home) = (parents.len(), around.home_for(grove, name));
-        for (stripe, parents) in parents.into_iter().enumerate() {
-            let capacity = around.capacity(grove, stripe, name, home);
-            if let Some(tree) = grove.stripes.get_mut(stripe) {
-                tree.insert_host(name, capacity, joined, parents);
-            }
+        let home = around.home_for(grove, &scope, stripes);
+        for (stripe, way) in ways.into_iter().enumerate() {
+            around.link_in(grove, stripe, home, joined, way);
         }
-        let place = (joined, home, stands_in);
-        self.note_place(&theirs.image, name, endpoint, theirs.state, place);
+        let entered = Entered { scope, home, stripes };
+        self.note_place(&theirs.image, name, endpoint, theirs.state, (joined, entered));
         true
     }
 
     /// The parents that a host acts on, stripe by stripe, with the shares that they would give it.
-    fn parents_as_told(
+    pub(super) fn parents_as_told(
         &self,
         grove: &Grove,
-        name: &HostName,
+        stripes: usize,
         theirs: &Attachment,
     ) -> Option<Vec<Vec<(Node, u32)>>> {
         let wanted = self.settings.active_parents;
-        let around = place::Around {
-            hosts: &self.hosts,
-            dying: &self.dying,
-            settings: &self.settings,
-        };
-        let stands_in = around.stands_in(grove, name);
         let mut all = Vec::new();
-        for (index, tree) in (0..).zip(grove.stripes.iter().take(stands_in)) {
-            let told = theirs.stripes.iter().find(|s| s.stripe.0 == index)?;
+        for index in grove.indices().take(stripes) {
+            let told = theirs.stripes.iter().find(|s| s.stripe == index)?;
             let mut parents: Vec<(Node, u32)> = Vec::new();
             let count = u32::try_from(told.active.len()).ok()?;
             if count == 0 || count > wanted {
@@ -323,8 +385,7 @@ impl Forest {
             for (turn, parent) in (0..count).zip(&told.active) {
                 let node = grove.node_at(parent.host.as_ref(), &parent.endpoint)?;
                 let shares = wanted / count + u32::from(turn < wanted % count);
-                let is_known = parents.iter().any(|(known, _)| *known == node);
-                if is_known || tree.get(&node)?.free() < shares {
+                if parents.iter().any(|(known, _)| *known == node) {
                     return None;
                 }
                 parents.push((node, shares));
@@ -388,9 +449,23 @@ impl Forest {
             return;
         };
         let stripe = usize::from(of.stripe.0);
-        let moved = around.move_away(grove, stripe, by, &parent);
-        let demoted = match &parent {
-            Node::Host(accused) if !moved && !accused_recently => around.demote(grove, stripe, accused),
+        let edge = grove.edge(stripe, by, &parent);
+        let moved = edge.is_some_and(|(scope, member, node)| {
+            let at = At {
+                stripe,
+                scope: &scope,
+            };
+            around.move_away(grove, at, &member, &node)
+        });
+        let scope = of
+            .host
+            .as_ref()
+            .and_then(|accused| grove.scope_of(accused))
+            .cloned();
+        let demoted = match (&parent, &scope) {
+            (Node::Host(_), Some(scope)) if !moved && !accused_recently => {
+                around.demote(grove, At { stripe, scope }, &parent)
+            }
             _ => false,
         };
         self.changed.insert(of.image);
@@ -403,7 +478,7 @@ impl Forest {
 
     fn parent_of(&self, child: &HostName, complaint: &BadParent) -> Option<Node> {
         let grove = self.images.get(&complaint.image)?;
-        let vertex = grove.stripes.get(usize::from(complaint.stripe.0))?.host(child)?;
+        let parents = grove.parents(complaint.stripe.0.into(), &Node::Host(child.clone()));
         let matches = |node: &Node| match (node, &complaint.host) {
             (Node::Host(host), Some(name)) => host == name,
             (Node::Origin(index), name) => {
@@ -412,9 +487,9 @@ impl Forest {
                     o.host == *name && (name.is_some() || o.endpoint.portal.as_str() == complaint.portal)
                 })
             }
-            (Node::Host(_), None) => false,
+            (_, None) | (Node::Entrance | Node::Group(_), _) => false,
         };
-        vertex.parents.keys().find(|node| matches(node)).cloned()
+        parents.into_keys().find(|node| matches(node))
     }
 }
 

@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use treeboot_types::{AttachState, Endpoint, Epoch, HostName, Image, ImageId, ImageRef, Iqn, StripeIndex};
+use treeboot_types::{AttachState, Endpoint, Epoch, HostName, Image, ImageId, ImageRef, Iqn};
 
-use super::stripe::Node;
+use super::enter::Entered;
+use super::layer::Node;
+use super::scope::Scope;
 use super::{
     Answer, Call, Change, Effect, Forest, Grove, Key, MAX_ATTACHMENTS, MAX_IMAGES, Note, Place, Record,
-    Refusal, Speaker, Told, place,
+    Refusal, Speaker, Stripe, Told, place,
 };
 
 /// Bytes of consecutive addresses that one stripe holds before the next one's turn: so few that a guest's read-ahead keeps
@@ -143,22 +145,16 @@ impl Forest {
             dying: &self.dying,
             settings: &self.settings,
         };
-        let (stripes, home) = (around.stands_in(grove, host), around.home_for(grove, host));
-        around.make_room_for(grove, host, home);
-        let placed = (0..stripes)
-            .take_while(|&s| around.admit(grove, s, host, home, joined))
-            .count();
-        if placed < stripes {
+        let Some(entered) = around.enter(grove, host, joined) else {
             // A policy without room for everybody; what was given is given back.
-            (0..placed).for_each(|s| around.vacate(grove, s, host));
             self.changed.insert(id.clone());
             return Err(Refusal::TooMany {
                 what: "hosts in this image's trees",
                 limit: grove.places.len(),
                 way_out: "raise --fan-out or add an origin",
             });
-        }
-        self.note_place(id, host, endpoint, state, (joined, home, stripes));
+        };
+        self.note_place(id, host, endpoint, state, (joined, entered));
         out.push(Effect::Note(Note::Attached {
             host: host.clone(),
             image: id.clone(),
@@ -174,7 +170,7 @@ impl Forest {
         host: &HostName,
         endpoint: Endpoint,
         state: AttachState,
-        (joined, home, stripes): (u64, StripeIndex, usize),
+        (joined, entered): (u64, Entered),
     ) {
         let lease_ms = match state {
             AttachState::Pending => self.settings.pending_lease_ms,
@@ -186,8 +182,9 @@ impl Forest {
                 state,
                 position: Epoch::default(),
                 joined,
-                home,
-                stripes,
+                scope: entered.scope,
+                home: entered.home,
+                stripes: entered.stripes,
                 lease_until_ms: self.clock.heard_ms.saturating_add(lease_ms),
                 told: Told::default(),
             };
@@ -240,8 +237,8 @@ impl Forest {
             && *place.endpoint != endpoint
         {
             place.endpoint = Arc::new(endpoint);
-            let node = Node::Host(host.clone());
-            grove.stripes.iter_mut().for_each(|stripe| stripe.touch(&node));
+            let scope = place.scope.clone();
+            grove.touch(&scope, &Node::Host(host.clone()));
             self.changed.insert(id.clone());
             self.unsaved.insert((id.clone(), host.clone()));
         }
@@ -252,8 +249,7 @@ impl Forest {
         if let Some(grove) = self.images.get_mut(id)
             && let Some(index) = grove.origin_of(host)
         {
-            let node = Node::Origin(index);
-            grove.stripes.iter_mut().for_each(|stripe| stripe.touch(&node));
+            grove.touch(&Scope::Fleet, &Node::Origin(index));
             self.changed.insert(id.clone());
         }
     }
@@ -347,7 +343,9 @@ impl Forest {
             image.id.version = newest.saturating_add(1);
             name_exports(&image.id.clone(), &mut image);
         }
-        image.stripes = self.settings.policy.stripes();
+        // Hosts that read it already read it in as many stripes as they were told then.
+        let stripes = self.claimed_stripes(&image.id);
+        image.stripes = stripes.unwrap_or_else(|| self.settings.policy.stripes());
         if image.stripes > 1 {
             let chunk = u64::from(image.chunk_bytes.max(1));
             image.stripe_unit_bytes = STRIPE_UNIT_BYTES.next_multiple_of(chunk);
@@ -362,6 +360,9 @@ impl Forest {
             Key::Newest(id.name.clone()),
             Record::Newest(newest),
         )));
+        if self.window.is_none() {
+            self.settle_claims(&id, out);
+        }
         self.image_changed(&id, out);
         Ok(Outcome::Image { image, created: true })
     }
@@ -438,10 +439,7 @@ impl Forest {
     /// Everybody's last fallbacks are the origins, so a change of them concerns all.
     fn image_changed(&mut self, id: &ImageId, out: &mut Vec<Effect>) {
         if let Some(grove) = self.images.get_mut(id) {
-            for stripe in &mut grove.stripes {
-                let all: Vec<Node> = stripe.vertices().map(|(node, _)| node.clone()).collect();
-                all.iter().for_each(|node| stripe.touch(node));
-            }
+            grove.stripes.iter_mut().for_each(Stripe::touch_all);
             self.changed.insert(id.clone());
             let record = Record::Image(Image::clone(&grove.image));
             out.push(Effect::Save(Change::Put(Key::Image(id.clone()), record)));

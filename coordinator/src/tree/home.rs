@@ -1,12 +1,14 @@
-//! In which stripe a host is inner, where the policy tells stripes apart, and who changes over when too few are.
+//! In which stripe a member of a layer is inner, where the policy tells stripes apart, and who changes over when too few are.
 //!
-//! Each stripe must have as many shares as its hosts take. A host that goes takes its shares with it from one stripe
+//! Each layer must have as many shares as its members take. A host that goes takes its shares with it from one stripe
 //! only, so another one may have to change its home. All of this finds nothing to do where every vertex has slots in every
 //! stripe.
 
 use treeboot_types::{HostName, StripeIndex};
 
-use super::place::Around;
+use super::layer::Node;
+use super::place::{Around, At};
+use super::scope::Scope;
 use super::{Grove, Role};
 
 impl Around<'_> {
@@ -21,118 +23,205 @@ impl Around<'_> {
         if splits { all } else { all.min(1) }
     }
 
-    /// The home of a new host: the stripe that has the fewest shares to spare.
-    pub(super) fn home_for(&self, grove: &Grove, host: &HostName) -> StripeIndex {
-        let stands_in = self.stands_in(grove, host);
+    /// The home of a newcomer that stands in so many stripes: the one that has the fewest shares to spare.
+    pub(super) fn home_for(&self, grove: &Grove, scope: &Scope, stands_in: usize) -> StripeIndex {
         (0..)
             .map(StripeIndex)
             .take(stands_in)
-            .min_by_key(|stripe| self.spare(grove, usize::from(stripe.0)))
+            .min_by_key(|stripe| {
+                let stripe = usize::from(stripe.0);
+                self.spare(grove, At { stripe, scope })
+            })
             .unwrap_or_default()
     }
 
-    /// Shares that a host offers in a stripe.
-    pub(super) fn capacity(&self, grove: &Grove, stripe: usize, host: &HostName, home: StripeIndex) -> u32 {
-        let weight = self.hosts.get(host).map_or(1, |h| h.info.weight);
+    /// Shares that a member offers in a stripe. A group offers what one host would.
+    pub(super) fn capacity(&self, grove: &Grove, stripe: usize, member: &Node, home: StripeIndex) -> u32 {
+        let weight = match member {
+            Node::Host(host) => self.hosts.get(host).map_or(1, |h| h.info.weight),
+            _ => 1,
+        };
         let index = StripeIndex(u16::try_from(stripe).unwrap_or(u16::MAX));
         let role = Role::Host { home, weight };
         self.settings
             .shares(self.settings.policy.slots(index, grove.image.stripes, role))
     }
 
-    /// Shares that a stripe has beyond those that its hosts take; below 0 some host has none.
-    pub(super) fn spare(&self, grove: &Grove, stripe: usize) -> i64 {
-        let Some(tree) = grove.stripes.get(stripe) else {
+    /// Shares that a layer has beyond those that its members take; below 0 some member has none.
+    pub(super) fn spare(&self, grove: &Grove, at: At<'_>) -> i64 {
+        let Some(tree) = grove.at(at) else {
             return 0;
         };
-        let taken = (tree.hosts() as u64).saturating_mul(self.settings.active_parents.into());
+        let taken = (tree.count() as u64).saturating_mul(self.settings.active_parents.into());
         i64::from(tree.capacity()).saturating_sub_unsigned(taken)
     }
 
-    /// Before a host comes: where another stripe than its home would have too few shares with it, others make that one theirs.
-    pub(super) fn make_room_for(&self, grove: &mut Grove, comer: &HostName, home: StripeIndex) {
+    /// Before a member comes: where another stripe than its home would have too few shares with it, others make that one theirs.
+    pub(super) fn make_room_for(
+        &self,
+        grove: &mut Grove,
+        scope: &Scope,
+        comer: &Node,
+        home: StripeIndex,
+        stripes: &[usize],
+    ) {
         let share = i64::from(self.settings.active_parents);
-        for stripe in (0..self.stands_in(grove, comer)).filter(|stripe| *stripe != usize::from(home.0)) {
-            self.provide(grove, stripe, share, comer);
+        let others = || stripes.iter().filter(|stripe| **stripe != usize::from(home.0));
+        for &stripe in others() {
+            self.provide(grove, At { stripe, scope }, share, comer);
+        }
+        for &stripe in others() {
+            self.lend(grove, At { stripe, scope }, share, comer);
         }
     }
 
-    /// Before a host goes: where its stripe would have too few shares without it, others make it their home.
-    pub(super) fn make_up_for(&self, grove: &mut Grove, leaver: &HostName) {
+    /// Before a member goes from some stripes: where there would be too few shares without it, others make it their home.
+    pub(super) fn make_up_for(&self, grove: &mut Grove, scope: &Scope, leaver: &Node, stripes: &[usize]) {
         let share = i64::from(self.settings.active_parents);
-        for stripe in 0..grove.stripes.len() {
-            let offered = grove.stripes.get(stripe).and_then(|tree| tree.host(leaver));
-            if let Some(offered) = offered.map(|vertex| i64::from(vertex.capacity)) {
-                self.provide(grove, stripe, offered - share, leaver);
+        let offers = |grove: &Grove, at: At<'_>| {
+            let offered = grove.at(at).and_then(|tree| tree.get(leaver));
+            offered.map(|vertex| i64::from(vertex.capacity) - share)
+        };
+        for &stripe in stripes {
+            let at = At { stripe, scope };
+            if let Some(shares) = offers(grove, at) {
+                self.provide(grove, at, shares, leaver);
+            }
+        }
+        for &stripe in stripes {
+            let at = At { stripe, scope };
+            if let Some(shares) = offers(grove, at) {
+                self.lend(grove, at, shares, leaver);
             }
         }
     }
 
-    /// Has hosts other than `not` change their home until a stripe can spare so many shares.
-    fn provide(&self, grove: &mut Grove, stripe: usize, shares: i64, not: &HostName) {
+    /// Has members other than `not` change their home until a layer can spare so many shares.
+    fn provide(&self, grove: &mut Grove, at: At<'_>, shares: i64, not: &Node) {
         // Each turn gains a slot or is the last.
         for _ in 0..grove.places.len() {
-            if self.spare(grove, stripe) >= shares || !self.change_home(grove, stripe, not) {
+            if self.spare(grove, at) >= shares || !self.change_home(grove, at, not) {
                 return;
             }
         }
     }
 
-    /// One host that is inner elsewhere, where there is more than enough, and its home: one without children if there is one,
+    /// Where no home could change, somebody in the rack feeds more than its slots are for: links into a rack are scarcer. It
+    /// happens with three stripes and more, where homes cannot be even.
+    fn lend(&self, grove: &mut Grove, at: At<'_>, shares: i64, not: &Node) {
+        let missing = u32::try_from(shares - self.spare(grove, at)).unwrap_or(0);
+        if missing == 0 || *at.scope == Scope::Fleet {
+            return;
+        }
+        if let Some(tree) = grove.at_mut(at) {
+            let offers = |member: &&Node| tree.get(member).is_some_and(|v| v.capacity > 0);
+            let others = || tree.members().filter(|member| *member != not);
+            let lender = others().find(offers).or_else(|| others().next()).cloned();
+            if let Some(lender) = lender {
+                let offered = tree.get(&lender).map_or(0, |v| v.capacity);
+                tree.set_capacity(&lender, offered.saturating_add(missing));
+            }
+        }
+    }
+
+    /// One member that is inner elsewhere, where there is more than enough, and its home: one without children if there is one,
     /// so that nobody moves.
-    fn who_changes<'a>(
-        &self,
-        grove: &'a Grove,
-        stripe: usize,
-        not: &HostName,
-    ) -> Option<(usize, &'a HostName)> {
+    fn who_changes<'a>(&self, grove: &'a Grove, at: At<'_>, not: &Node) -> Option<(usize, &'a Node)> {
         let all = grove.stripes.len();
-        let others = grove.stripes.iter().enumerate().filter(|(i, _)| *i != stripe);
-        let candidates = others.flat_map(|(donor, tree)| {
-            let spare = self.spare(grove, donor);
-            tree.host_names().filter_map(move |host| {
-                let place = grove.places.get(host).filter(|place| place.stripes == all)?;
-                let vertex = tree.host(host)?;
-                let is_at_home = usize::from(place.home.0) == donor && host != not;
+        let others = (0..all).filter(|stripe| *stripe != at.stripe);
+        let candidates = others.filter_map(|donor| {
+            let from = At { stripe: donor, ..at };
+            let (tree, spare) = (grove.at(from)?, self.spare(grove, from));
+            // Nobody can be missed where there is nothing to spare, and then nobody need be asked.
+            (spare > 0).then_some((donor, tree, spare))
+        });
+        let candidates = candidates.flat_map(|(donor, tree, spare)| {
+            tree.members().filter_map(move |member| {
+                if grove.stands_in(member) != all {
+                    return None;
+                }
+                let vertex = tree.get(member)?;
+                let home = grove.home(member)?;
+                let is_at_home = usize::from(home.0) == donor && member != not;
                 let can_be_missed = vertex.capacity > 0 && i64::from(vertex.capacity) <= spare;
                 let rank = (
-                    self.dying.contains(host),
+                    self.is_dying(member),
                     vertex.children.len(),
-                    !self.is_heard(host),
+                    !self.is_heard(member),
                     u32::MAX - vertex.depth,
                     vertex.joined,
                 );
-                (is_at_home && can_be_missed).then_some((rank, donor, host))
+                (is_at_home && can_be_missed).then_some((rank, donor, member))
             })
         });
-        candidates.min().map(|(_, donor, host)| (donor, host))
+        candidates.min().map(|(_, donor, member)| (donor, member))
     }
 
-    /// A host makes `stripe` its home; false where nobody can.
-    fn change_home(&self, grove: &mut Grove, stripe: usize, not: &HostName) -> bool {
-        let Some((donor, host)) = self.who_changes(grove, stripe, not) else {
+    /// A member makes a stripe its home; false where nobody can.
+    fn change_home(&self, grove: &mut Grove, at: At<'_>, not: &Node) -> bool {
+        let Some((donor, member)) = self.who_changes(grove, at, not) else {
             return false;
         };
-        let host = host.clone();
-        let home = StripeIndex(u16::try_from(stripe).unwrap_or(u16::MAX));
-        if let Some(place) = grove.places.get_mut(&host) {
-            place.home = home;
+        let (member, from) = (member.clone(), At { stripe: donor, ..at });
+        let home = StripeIndex(u16::try_from(at.stripe).unwrap_or(u16::MAX));
+        grove.set_home(&member, home);
+        let offers = [donor, at.stripe].map(|stripe| self.capacity(grove, stripe, &member, home));
+        let vertex = grove.at(from).and_then(|tree| tree.get(&member));
+        let joined = vertex
+            .filter(|vertex| !vertex.children.is_empty())
+            .map(|v| v.joined);
+        if let Some(joined) = joined {
+            self.vacate(grove, from, &member);
+            self.admit_as_leaf(grove, from, &member, offers[0], joined);
+        } else if let Some(tree) = grove.at_mut(from) {
+            tree.set_capacity(&member, offers[0]);
         }
-        let offers = [donor, stripe].map(|s| self.capacity(grove, s, &host, home));
-        let has_children = |grove: &Grove| {
-            let vertex = grove.stripes.get(donor).and_then(|tree| tree.host(&host));
-            vertex.is_some_and(|vertex| !vertex.children.is_empty())
-        };
-        if has_children(grove) {
-            let joined = grove.places.get(&host).map_or(0, |place| place.joined);
-            self.vacate(grove, donor, &host);
-            self.admit_as_leaf(grove, donor, &host, offers[0], joined);
-        } else if let Some(tree) = grove.stripes.get_mut(donor) {
-            tree.set_capacity(&host, offers[0]);
-        }
-        if let Some(tree) = grove.stripes.get_mut(stripe) {
-            tree.set_capacity(&host, offers[1]);
+        if let Some(tree) = grove.at_mut(at) {
+            tree.set_capacity(&member, offers[1]);
         }
         true
+    }
+}
+
+impl Grove {
+    /// The stripe that a member is inner in.
+    pub(super) fn home(&self, member: &Node) -> Option<StripeIndex> {
+        match member {
+            Node::Host(host) => self.places.get(host).map(|place| place.home),
+            Node::Group(group) => self.groups.get(group).copied(),
+            Node::Origin(_) | Node::Entrance => None,
+        }
+    }
+
+    fn set_home(&mut self, member: &Node, home: StripeIndex) {
+        match member {
+            Node::Host(host) => {
+                if let Some(place) = self.places.get_mut(host) {
+                    place.home = home;
+                }
+                // Read from the record after a restart, so it must stand there.
+                self.changed_homes.insert(host.clone());
+            }
+            Node::Group(group) => {
+                self.groups.insert(group.clone(), home);
+            }
+            Node::Origin(_) | Node::Entrance => {}
+        }
+    }
+
+    /// In how many stripes a member stands.
+    pub(super) fn stands_in(&self, member: &Node) -> usize {
+        match member {
+            Node::Host(host) => self.places.get(host).map_or(0, |place| place.stripes),
+            Node::Group(group) => {
+                let outer = group.outer().unwrap_or(Scope::Fleet);
+                let stands = |stripe: &usize| {
+                    let layer = self.layer(*stripe, &outer);
+                    layer.is_some_and(|layer| layer.get(member).is_some())
+                };
+                (0..self.stripes.len()).filter(stands).count()
+            }
+            Node::Origin(_) | Node::Entrance => 0,
+        }
     }
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use treeboot_types::{HostName, ImageId, StripeIndex};
 
-use super::stripe::{Node, Stripe};
-use super::{
-    AttachmentRecord, Effect, Forest, Grove, HeldOf, Host, Key, Place, Record, Role, Settings, Told,
-};
+use super::graft::{Claim, Claims};
+use super::layer::Node;
+use super::place::Around;
+use super::{AttachmentRecord, Effect, Forest, Grove, HeldOf, Host, Key, Place, Record, Settings, Told};
 
 /// Why a record makes no trees.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -39,9 +39,12 @@ pub enum LoadError {
     },
 }
 
+type Places = BTreeMap<HostName, AttachmentRecord>;
+
 impl Forest {
     /// Makes the trees that a record describes. `out` receives corrections of the record: a changed `--fan-out` leaves
-    /// places as they are, but a changed rule of fallbacks tells hosts anew.
+    /// places as they are, but a changed rule of fallbacks tells hosts anew, and hosts whose places do not suit their racks
+    /// get others.
     ///
     /// # Errors
     /// [`LoadError`] names the entry that does not fit.
@@ -51,7 +54,7 @@ impl Forest {
         out: &mut Vec<Effect>,
     ) -> Result<Self, LoadError> {
         let mut forest = Self::new(settings);
-        let mut places: BTreeMap<ImageId, Vec<(HostName, AttachmentRecord)>> = BTreeMap::new();
+        let mut places: BTreeMap<ImageId, Places> = BTreeMap::new();
         for (key, record) in records {
             match (key, record) {
                 (Key::Epoch, Record::Epoch(epoch)) => forest.epoch = epoch,
@@ -67,7 +70,7 @@ impl Forest {
                     forest.hosts.insert(name, host);
                 }
                 (Key::Attachment(image, host), Record::Attachment(record)) => {
-                    places.entry(image).or_default().push((host, record));
+                    places.entry(image).or_default().insert(host, record);
                 }
                 (key, _) => {
                     return Err(LoadError::Kind {
@@ -77,56 +80,59 @@ impl Forest {
             }
         }
         for (image, places) in places {
-            forest.load_places(&image, places)?;
+            let moved = forest.load_places(&image, places)?;
+            forest.remember_told(&image, moved);
         }
-        forest.remember_told(out);
+        forest.remember_origins_told();
+        forest.epoch_taken = false;
+        forest.publish(None, out);
         Ok(forest)
     }
 
-    fn load_places(
-        &mut self,
-        image: &ImageId,
-        places: Vec<(HostName, AttachmentRecord)>,
-    ) -> Result<(), LoadError> {
+    /// True where somebody was placed anew.
+    fn load_places(&mut self, image: &ImageId, places: Places) -> Result<bool, LoadError> {
         let missing = |host: &HostName, missing: String| LoadError::Missing {
             host: host.clone(),
             image: image.clone(),
             missing,
         };
-        let Some((first, _)) = places.first() else {
-            return Ok(());
-        };
         let Some(grove) = self.images.get_mut(image) else {
-            return Err(missing(first, format!("image '{image}'")));
+            return match places.first_key_value() {
+                Some((host, _)) => Err(missing(host, format!("image '{image}'"))),
+                None => Ok(false),
+            };
         };
-        let policy = &self.settings.policy;
-        for (host, record) in &places {
-            let Some(known) = self.hosts.get(host) else {
-                return Err(missing(host, format!("host '{host}'")));
-            };
-            let role = Role::Host {
-                home: StripeIndex(record.home),
-                weight: known.info.weight,
-            };
-            let stands_in = grove.stripes.iter_mut().take(record.stripes.len());
-            for (index, tree) in (0..).map(StripeIndex).zip(stands_in) {
-                let shares = self
-                    .settings
-                    .shares(policy.slots(index, grove.image.stripes, role));
-                tree.insert_host(host, shares, record.joined, []);
-            }
+        let around = Around {
+            hosts: &self.hosts,
+            dying: &BTreeSet::new(),
+            settings: &self.settings,
+        };
+        if let Some(host) = places.keys().find(|host| !self.hosts.contains_key(host)) {
+            return Err(missing(host, format!("host '{host}'")));
         }
-        for (index, tree) in grove.stripes.iter_mut().enumerate() {
-            link_all(image, index, tree, &places)?;
+        for stripe in 0..grove.stripes.len() {
+            check_parents(image, grove, stripe, &places)?;
         }
+        let mut claims = Claims::new();
         for (host, record) in places {
+            let scope = around.scope_for(&host);
+            let stands = record.stripes.iter().take(grove.stripes.len());
+            let held =
+                |held: &Vec<super::HeldShare>| held.iter().map(|h| (node_of(&h.of), h.shares)).collect();
+            let claim = Claim {
+                scope: scope.clone(),
+                home: Some(StripeIndex(record.home)),
+                joined: record.joined,
+                parents: stands.map(held).collect(),
+            };
             let place = Place {
                 endpoint: Arc::new(record.endpoint),
                 state: record.state,
                 position: record.position,
                 joined: record.joined,
+                scope,
                 home: StripeIndex(record.home),
-                stripes: record.stripes.len(),
+                stripes: claim.parents.len(),
                 // The host's own lease is the longest; the state it sends decides on the rest.
                 lease_until_ms: self.settings.lease_ms,
                 told: Told {
@@ -134,102 +140,108 @@ impl Forest {
                     ..Told::default()
                 },
             };
-            grove.places.insert(host, place);
+            grove.places.insert(host.clone(), place);
+            claims.insert(host, claim);
         }
-        Ok(())
+        Ok(!around.graft(grove, &mut claims, false).is_empty())
     }
 
-    /// What hosts were told is what the trees say, because both were saved as one.
-    fn remember_told(&mut self, out: &mut Vec<Effect>) {
-        let mut views = Vec::new();
-        for (id, grove) in &mut self.images {
-            grove.stripes.iter_mut().for_each(|s| drop(s.take_touched()));
-            let origins = grove.image.origins.iter().filter_map(|o| o.host.clone());
-            let hosts: BTreeSet<HostName> = grove.places.keys().cloned().chain(origins).collect();
-            views.extend(hosts.into_iter().map(|host| (id.clone(), host)));
+    /// What hosts were told is what the trees say, because both were saved as one; but where somebody was placed anew, all are told.
+    fn remember_told(&mut self, image: &ImageId, moved: bool) {
+        let Some(grove) = self.images.get_mut(image) else {
+            return;
+        };
+        if moved {
+            self.changed.insert(image.clone());
+            return;
         }
-        let epoch = self.epoch;
-        for (id, host) in views {
-            let Some(grove) = self.images.get(&id) else {
-                continue;
-            };
-            let (stripes, children) = self.view(grove, &host);
-            let Some(grove) = self.images.get_mut(&id) else {
-                continue;
-            };
-            match grove.places.get_mut(&host) {
-                Some(place) => {
-                    place.told.stripes = stripes;
-                    place.told.children = children;
-                }
-                // When an origin's agent was told is not recorded: it is told again when it comes.
-                None => {
-                    let told = Told {
-                        epoch,
-                        stripes,
-                        children,
-                    };
-                    grove.origins_told.insert(host, told);
-                }
+        drop(grove.take_touched());
+        let hosts: Vec<HostName> = grove.places.keys().cloned().collect();
+        let Some(grove) = self.images.get(image) else {
+            return;
+        };
+        let views = hosts.into_iter().map(|host| (self.view(grove, &host), host));
+        let views: Vec<_> = views.collect();
+        let Some(grove) = self.images.get_mut(image) else {
+            return;
+        };
+        for ((stripes, children), host) in views {
+            if let Some(place) = grove.places.get_mut(&host) {
+                place.told.stripes = stripes;
+                place.told.children = children;
             }
         }
-        self.epoch_taken = false;
-        self.publish(None, out);
+    }
+
+    /// When an origin's agent was told is not recorded: it is told again when it comes.
+    fn remember_origins_told(&mut self) {
+        let epoch = self.epoch;
+        let mut told = Vec::new();
+        for (id, grove) in &self.images {
+            let agents = grove.image.origins.iter().filter_map(|o| o.host.as_ref());
+            for host in agents.filter(|host| !grove.places.contains_key(host)) {
+                let (stripes, children) = self.view(grove, host);
+                let known = Told {
+                    epoch,
+                    stripes,
+                    children,
+                };
+                told.push((id.clone(), host.clone(), known));
+            }
+        }
+        for (id, host, known) in told {
+            if let Some(grove) = self.images.get_mut(&id) {
+                grove.origins_told.insert(host, known);
+            }
+        }
     }
 }
 
-/// Links hosts below their parents from the roots downward, so that each edge leads to a depth that is known.
-fn link_all(
-    image: &ImageId,
-    index: usize,
-    tree: &mut Stripe,
-    places: &[(HostName, AttachmentRecord)],
-) -> Result<(), LoadError> {
-    type Held = Vec<(Node, u32)>;
-    let mut waiting: BTreeMap<&HostName, Held> = BTreeMap::new();
-    let mut below: BTreeMap<Node, Vec<&HostName>> = BTreeMap::new();
-    let mut ready: Vec<&HostName> = Vec::new();
+fn node_of(held: &HeldOf) -> Node {
+    match held {
+        HeldOf::Origin(index) => Node::Origin(*index),
+        HeldOf::Host(host) => Node::Host(host.clone()),
+    }
+}
+
+/// Every parent is there, and following them ends at an origin.
+fn check_parents(image: &ImageId, grove: &Grove, stripe: usize, places: &Places) -> Result<(), LoadError> {
+    let mut below: BTreeMap<&HostName, Vec<&HostName>> = BTreeMap::new();
     let mut unplaced: BTreeMap<&HostName, usize> = BTreeMap::new();
+    let mut ready = Vec::new();
     for (host, record) in places {
-        let Some(held) = record.stripes.get(index) else {
+        let Some(held) = record.stripes.get(stripe) else {
             continue;
         };
-        let mut parents = Vec::new();
+        let missing = |missing: String| LoadError::Missing {
+            host: host.clone(),
+            image: image.clone(),
+            missing,
+        };
+        if held.is_empty() {
+            return Err(missing("its parents".into()));
+        }
+        let mut hosts = 0;
         for share in held {
-            let node = match &share.of {
-                HeldOf::Origin(origin) => Node::Origin(*origin),
-                HeldOf::Host(parent) => Node::Host(parent.clone()),
-            };
-            if tree.get(&node).is_none() {
-                return Err(LoadError::Missing {
-                    host: host.clone(),
-                    image: image.clone(),
-                    missing: format!("its parent {node:?}"),
-                });
+            let stands = |parent: &HostName| places.get(parent).is_some_and(|p| stripe < p.stripes.len());
+            match &share.of {
+                HeldOf::Origin(index) if usize::from(*index) < grove.image.origins.len() => {}
+                HeldOf::Host(parent) if stands(parent) => {
+                    below.entry(parent).or_default().push(host);
+                    hosts += 1;
+                }
+                HeldOf::Origin(index) => return Err(missing(format!("its parent, origin {index}"))),
+                HeldOf::Host(parent) => return Err(missing(format!("its parent '{parent}'"))),
             }
-            if matches!(node, Node::Host(_)) {
-                *unplaced.entry(host).or_default() += 1;
-                below.entry(node.clone()).or_default().push(host);
-            }
-            parents.push((node, share.shares));
         }
-        if parents.is_empty() {
-            return Err(LoadError::Missing {
-                host: host.clone(),
-                image: image.clone(),
-                missing: "its parents".into(),
-            });
-        }
-        waiting.insert(host, parents);
-        if !unplaced.contains_key(host) {
+        unplaced.insert(host, hosts);
+        if hosts == 0 {
             ready.push(host);
         }
     }
     while let Some(host) = ready.pop() {
-        for (parent, shares) in waiting.remove(host).unwrap_or_default() {
-            tree.link(host, &parent, shares);
-        }
-        for child in below.remove(&Node::Host(host.clone())).unwrap_or_default() {
+        unplaced.remove(host);
+        for child in below.remove(host).unwrap_or_default() {
             if let Some(left) = unplaced.get_mut(child) {
                 *left -= 1;
                 if *left == 0 {
@@ -238,7 +250,7 @@ fn link_all(
             }
         }
     }
-    match waiting.into_keys().next() {
+    match unplaced.into_keys().next() {
         None => Ok(()),
         Some(host) => Err(LoadError::Circle {
             host: host.clone(),

@@ -11,14 +11,19 @@
 mod audit;
 mod beat;
 mod call;
+mod enter;
 mod event;
+mod graft;
 mod home;
+mod layer;
 mod load;
 mod place;
 mod policy;
 mod publish;
 mod query;
+mod rebuild;
 mod record;
+mod scope;
 mod shape;
 mod stripe;
 #[cfg(test)]
@@ -28,8 +33,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use treeboot_types::{
-    AttachState, BadParent, Child, Endpoint, Epoch, HostInfo, HostName, Image, ImageId, ImageName, ImageRef,
-    PathPolicy, StripeIndex, StripePlacement, Tick,
+    AttachState, Attachment, BadParent, Child, Endpoint, Epoch, HostInfo, HostName, Image, ImageId,
+    ImageName, ImageRef, PathPolicy, StripeIndex, StripePlacement, Tick,
 };
 
 pub use event::{
@@ -39,7 +44,10 @@ pub use load::LoadError;
 pub use policy::{KAry, Policy, Role, Striped};
 pub use query::{Candidate, HostView, TreeView, VertexView};
 pub use record::{AttachmentRecord, Change, HeldOf, HeldShare, HostRecord, Key, Record};
+pub use scope::{RACK_LABEL, ZONE_LABEL};
 
+use layer::Node;
+use scope::Scope;
 use stripe::Stripe;
 
 /// How the trees are kept.
@@ -86,6 +94,11 @@ pub struct Forest {
     unsaved: BTreeSet<(ImageId, HostName)>,
     /// Hosts that this step takes out: nobody is moved under them.
     dying: BTreeSet<HostName>,
+    /// Attachments that hosts speak of and that have no place yet: the image is not known, or the window is open.
+    claimed: BTreeMap<ImageId, BTreeMap<HostName, Attachment>>,
+    /// While places are learned from hosts and not given out.
+    window: Option<rebuild::Window>,
+    window_ms: u64,
 }
 
 /// Time as leases count it: only while the coordinator listened. A process that was stopped for an hour, or a clock
@@ -103,6 +116,10 @@ struct Grove {
     origin_endpoints: Vec<Arc<Endpoint>>,
     stripes: Vec<Stripe>,
     places: BTreeMap<HostName, Place>,
+    /// The stripes that zones and racks are inner in; those that a host stands in.
+    groups: BTreeMap<Scope, StripeIndex>,
+    /// Hosts whose home this step changed.
+    changed_homes: BTreeSet<HostName>,
     /// What the agents of its origins were told.
     origins_told: BTreeMap<HostName, Told>,
 }
@@ -115,6 +132,8 @@ struct Place {
     /// When its parents changed last.
     position: Epoch,
     joined: u64,
+    /// Where it is a member: its rack, its zone or the fleet.
+    scope: Scope,
     /// The stripe that it is inner in, where the policy tells stripes apart.
     home: StripeIndex,
     /// Stripes that it stands in: all, or the first alone where it cannot read them apart.
@@ -156,6 +175,9 @@ impl Forest {
     /// Trees without hosts and images.
     pub fn new(settings: Settings) -> Self {
         Self {
+            window_ms: settings.lease_ms,
+            window: None,
+            claimed: BTreeMap::new(),
             settings,
             // Never zero, so that a host that was never told anything is behind everybody.
             epoch: Epoch {
@@ -177,6 +199,7 @@ impl Forest {
     /// One event, at a time of a monotonic clock. Effects are appended to `out`.
     pub fn step(&mut self, now: Tick, event: Event, out: &mut Vec<Effect>) {
         self.advance(now, out);
+        self.close_window(out);
         match event {
             Event::Clock => {
                 self.end_leases(out);
@@ -192,19 +215,9 @@ impl Forest {
             }
             Event::StreamClosed(stream) => self.close_stream(stream),
             Event::Call(call, what) => {
-                let outcome = self.call(*what, out);
-                let answered = match &outcome {
-                    Ok(call::Outcome::Joined(image, host)) => Some((image.clone(), host.clone())),
-                    _ => None,
-                };
-                self.publish(answered, out);
-                let answer = outcome.map(|outcome| self.answer(outcome));
-                if let Err(refusal) = &answer {
-                    out.push(Effect::Note(Note::Refused {
-                        refusal: refusal.clone(),
-                    }));
+                if let Some(what) = self.hold(call, *what) {
+                    self.decide(call, what, out);
                 }
-                out.push(Effect::Answer(call, answer));
             }
         }
         // The audit looks at everything, so it is for small trees, which show every law as well as large ones.
@@ -213,6 +226,22 @@ impl Forest {
             "{:?}",
             self.audit()
         );
+    }
+
+    fn decide(&mut self, call: CallId, what: Call, out: &mut Vec<Effect>) {
+        let outcome = self.call(what, out);
+        let answered = match &outcome {
+            Ok(call::Outcome::Joined(image, host)) => Some((image.clone(), host.clone())),
+            _ => None,
+        };
+        self.publish(answered, out);
+        let answer = outcome.map(|outcome| self.answer(outcome));
+        if let Err(refusal) = &answer {
+            out.push(Effect::Note(Note::Refused {
+                refusal: refusal.clone(),
+            }));
+        }
+        out.push(Effect::Answer(call, answer));
     }
 
     /// The last epoch that was given out.
@@ -285,14 +314,10 @@ impl Forest {
     /// Hosts that go together go from the leaves upward, so that nobody is moved under one that goes next.
     fn deepest_first(&self, hosts: &BTreeSet<HostName>) -> Vec<HostName> {
         let depth = |host: &HostName| {
-            let groves = self.images.values();
-            let stripes = groves
-                .filter(|g| g.places.contains_key(host))
-                .flat_map(|g| &g.stripes);
-            stripes
-                .filter_map(|s| Some(s.host(host)?.depth))
-                .max()
-                .unwrap_or(0)
+            let node = Node::Host(host.clone());
+            let groves = self.images.values().filter(|g| g.places.contains_key(host));
+            let depths = groves.flat_map(|g| (0..g.stripes.len()).filter_map(|s| g.depth(s, &node)));
+            depths.max().unwrap_or(0)
         };
         let mut order: Vec<(u32, HostName)> = hosts.iter().map(|h| (depth(h), h.clone())).collect();
         order.sort_by(|a, b| b.cmp(a));
@@ -310,6 +335,7 @@ impl Forest {
         for image in images {
             self.drop_place(&image, host, out);
         }
+        self.forget_claims(host);
         if let Some(host) = self.hosts.remove(host)
             && let Some(stream) = host.stream
         {
@@ -324,18 +350,15 @@ impl Forest {
         let Some(grove) = self.images.get_mut(image) else {
             return;
         };
-        if grove.places.remove(host).is_none() {
+        let Some(place) = grove.places.remove(host) else {
             return;
-        }
+        };
         let around = place::Around {
             hosts: &self.hosts,
             dying: &self.dying,
             settings: &self.settings,
         };
-        around.make_up_for(grove, host);
-        for stripe in 0..grove.stripes.len() {
-            around.vacate(grove, stripe, host);
-        }
+        around.go(grove, host, &place.scope);
         self.changed.insert(image.clone());
         self.unsaved.remove(&(image.clone(), host.clone()));
         out.push(Effect::Save(Change::Delete(Key::Attachment(
@@ -417,6 +440,8 @@ impl Grove {
             stripes: (0..image.stripes).map(|_| Stripe::default()).collect(),
             origin_endpoints: Vec::new(),
             places: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            changed_homes: BTreeSet::new(),
             origins_told: BTreeMap::new(),
             image: Arc::new(image),
         };
@@ -429,10 +454,11 @@ impl Grove {
         let origins = &self.image.origins;
         self.origin_endpoints = origins.iter().map(|o| Arc::new(o.endpoint.clone())).collect();
         let stripes = self.image.stripes;
-        for (index, stripe) in (0..).map(treeboot_types::StripeIndex).zip(&mut self.stripes) {
+        for (index, stripe) in (0..).map(StripeIndex).zip(&mut self.stripes) {
             let shares = settings.shares(settings.policy.slots(index, stripes, Role::Origin));
+            let fleet = stripe.open(&Scope::Fleet);
             for (origin, _) in (0..).zip(origins) {
-                stripe.insert_origin(origin, shares);
+                fleet.insert_root(Node::Origin(origin), shares);
             }
         }
     }

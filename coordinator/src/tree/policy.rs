@@ -29,11 +29,17 @@ pub trait Policy: fmt::Debug + Send + Sync {
     /// The least depth of a tree of so many hosts under one origin; what rebalancing measures against.
     fn best_depth(&self, hosts: usize, stripes: u16) -> u32;
 
-    /// The most children that a host of weight 1 can have in a stripe, for people.
+    /// The same below the entrance of a zone or a rack, which has one slot.
+    fn best_depth_within(&self, members: usize, stripes: u16) -> u32 {
+        self.best_depth(members, stripes).saturating_add(1)
+    }
+
+    /// The most children that a host of weight 1 can have in a stripe, for people. The host at the entrance of a rack or a zone
+    /// feeds as many others of these.
     fn fan_out(&self) -> u32;
 }
 
-/// The same number of slots everywhere; 2 is the paper's binary tree.
+/// The same number of slots everywhere, times a host's weight; 2 is the paper's binary tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KAry {
     /// Slots of each vertex, from 1.
@@ -45,8 +51,11 @@ impl Policy for KAry {
         1
     }
 
-    fn slots(&self, _stripe: StripeIndex, _stripes: u16, _role: Role) -> u32 {
-        self.fan_out
+    fn slots(&self, _stripe: StripeIndex, _stripes: u16, role: Role) -> u32 {
+        match role {
+            Role::Origin => self.fan_out,
+            Role::Host { weight, .. } => self.fan_out.saturating_mul(weight.max(1)),
+        }
     }
 
     fn best_depth(&self, hosts: usize, _stripes: u16) -> u32 {
@@ -60,6 +69,13 @@ impl Policy for KAry {
             depth += 1;
         }
         depth
+    }
+
+    fn best_depth_within(&self, members: usize, stripes: u16) -> u32 {
+        match members.checked_sub(1) {
+            None => 0,
+            Some(below) => self.best_depth(below, stripes).saturating_add(1),
+        }
     }
 
     fn fan_out(&self) -> u32 {
@@ -79,6 +95,22 @@ pub struct Striped {
 impl Striped {
     /// An image that is read in one stripe has a binary tree.
     const WHOLE: KAry = KAry { fan_out: 2 };
+
+    /// Below a root with `slots` slots, inner members on top, in the stripe that has the fewest of them.
+    fn depth_below(slots: usize, members: usize, stripes: u16) -> u32 {
+        let each = usize::from(stripes);
+        let mut inner = members / each;
+        let (mut depth, mut room, mut level) = (0, 0usize, slots);
+        while room < members && level > 0 {
+            room = room.saturating_add(level);
+            depth += 1;
+            let of_level = level.min(inner);
+            inner -= of_level;
+            level = of_level.saturating_mul(each);
+        }
+        // Where homes cannot be even, somebody feeds one more than its slots are for.
+        depth + u32::from(room < members)
+    }
 }
 
 impl Policy for Striped {
@@ -100,18 +132,14 @@ impl Policy for Striped {
         if stripes < 2 {
             return Self::WHOLE.best_depth(hosts, stripes);
         }
-        let slots = usize::from(stripes);
-        // Inner hosts on top, in the stripe that has the fewest of them.
-        let mut inner = hosts / slots;
-        let (mut depth, mut room, mut level) = (0, 0usize, slots - 1);
-        while room < hosts && level > 0 {
-            room = room.saturating_add(level);
-            depth += 1;
-            let of_level = level.min(inner);
-            inner -= of_level;
-            level = of_level.saturating_mul(slots);
+        Self::depth_below(usize::from(stripes) - 1, hosts, stripes)
+    }
+
+    fn best_depth_within(&self, members: usize, stripes: u16) -> u32 {
+        if stripes < 2 {
+            return Self::WHOLE.best_depth_within(members, stripes);
         }
-        depth
+        Self::depth_below(1, members, stripes)
     }
 
     fn fan_out(&self) -> u32 {

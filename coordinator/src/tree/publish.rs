@@ -10,7 +10,8 @@ use treeboot_types::{
     Child, Epoch, HostName, Image, ImageId, Parent, Placement, StripeIndex, StripePlacement,
 };
 
-use super::stripe::{FALLBACK_LEVELS, Node};
+use super::layer::Node;
+use super::stripe::FALLBACK_LEVELS;
 use super::{
     AttachmentRecord, Change, Effect, Forest, Grove, HeldOf, HeldShare, Key, Note, Place, Push, Record, Told,
     place,
@@ -52,6 +53,10 @@ impl Forest {
             } else {
                 grove.origins_told.insert(item.host.clone(), item.told.clone());
             }
+        }
+        for (image, grove) in &mut self.images {
+            let changed = std::mem::take(&mut grove.changed_homes).into_iter();
+            self.unsaved.extend(changed.map(|host| (image.clone(), host)));
         }
         for (image, host) in std::mem::take(&mut self.unsaved) {
             if let Some(grove) = self.images.get(&image)
@@ -139,7 +144,8 @@ impl Forest {
             settings: &self.settings,
         };
         let mut order: Vec<u16> = (0..).zip(&grove.image.origins).map(|(i, _)| i).collect();
-        order.sort_by_key(|&i| around.distance(&grove.image, i, host));
+        let member = Node::Host(host.clone());
+        order.sort_by_key(|&i| around.distance(&grove.image, i, &member));
         order
     }
 
@@ -149,7 +155,7 @@ impl Forest {
             let Some(grove) = self.images.get_mut(&image) else {
                 continue;
             };
-            let touched: BTreeSet<Node> = grove.stripes.iter_mut().flat_map(|s| s.take_touched()).collect();
+            let touched = grove.take_touched();
             let Some(grove) = self.images.get(&image) else {
                 continue;
             };
@@ -205,13 +211,15 @@ impl Forest {
         };
         let mut stripes = Vec::new();
         let mut children = Vec::new();
-        for (stripe, tree) in (0..).map(StripeIndex).zip(&grove.stripes) {
-            let Some(vertex) = tree.get(&node) else {
+        for stripe in grove.indices() {
+            let index = usize::from(stripe.0);
+            let Some(depth) = grove.depth(index, &node) else {
                 continue;
             };
             let parent = |n: &Node| grove.parent(stripe, n);
-            let active: Vec<&Node> = vertex.parents.keys().collect();
-            let ancestors = tree.above(&node, FALLBACK_LEVELS + 1);
+            let held = grove.parents(index, &node);
+            let active: Vec<&Node> = held.keys().collect();
+            let ancestors = grove.above(index, &node, FALLBACK_LEVELS + 1);
             let hosts_above = ancestors
                 .iter()
                 .skip(1)
@@ -224,14 +232,14 @@ impl Forest {
                 active: active.iter().filter_map(|n| parent(n)).collect(),
                 fallbacks: fallbacks.filter_map(parent).collect(),
                 policy: self.settings.path_policy,
-                depth: vertex.depth,
+                depth,
             });
             // An origin lets in everybody, so it is told of its own children only.
             let levels = if origin.is_some() { 1 } else { FALLBACK_LEVELS + 1 };
-            for (level, row) in tree.below(&node, levels).into_iter().enumerate() {
+            for (level, row) in grove.below(index, &node, levels).into_iter().enumerate() {
                 let hosts = row.into_iter().filter_map(|n| match n {
                     Node::Host(host) => Some(host),
-                    Node::Origin(_) => None,
+                    _ => None,
                 });
                 children.extend(hosts.map(|host| Child {
                     host,
@@ -245,11 +253,17 @@ impl Forest {
 }
 
 impl Grove {
+    /// Of all stripes.
+    pub(super) fn indices(&self) -> impl Iterator<Item = StripeIndex> + use<> {
+        (0..self.image.stripes).map(StripeIndex)
+    }
+
     /// The agent behind a vertex; none for a foreign origin.
     fn agent_of(&self, node: &Node) -> Option<HostName> {
         match node {
             Node::Host(host) => Some(host.clone()),
             Node::Origin(index) => self.image.origins.get(usize::from(*index))?.host.clone(),
+            Node::Entrance | Node::Group(_) => None,
         }
     }
 
@@ -262,28 +276,28 @@ impl Grove {
                 let host = self.image.origins.get(index)?.host.clone();
                 (host, self.origin_endpoints.get(index)?, true)
             }
+            Node::Entrance | Node::Group(_) => return None,
         };
         Some(Parent {
             host,
             endpoint: endpoint.clone(),
             origin,
-            depth: self.stripes.get(usize::from(stripe.0))?.get(node)?.depth,
+            depth: self.depth(stripe.0.into(), node)?,
         })
     }
 }
 
 fn record_of(grove: &Grove, host: &HostName, place: &Place) -> AttachmentRecord {
-    let held = |tree: &super::Stripe| {
-        let parents = tree
-            .host(host)
-            .map(|vertex| vertex.parents.clone())
-            .unwrap_or_default();
-        let held = parents.into_iter().map(|(node, shares)| HeldShare {
-            of: match node {
+    let node = Node::Host(host.clone());
+    let held = |stripe: usize| {
+        let parents = grove.parents(stripe, &node).into_iter();
+        let held = parents.filter_map(|(node, shares)| {
+            let of = match node {
                 Node::Origin(index) => HeldOf::Origin(index),
                 Node::Host(host) => HeldOf::Host(host),
-            },
-            shares,
+                Node::Entrance | Node::Group(_) => return None,
+            };
+            Some(HeldShare { of, shares })
         });
         held.collect()
     };
@@ -294,6 +308,6 @@ fn record_of(grove: &Grove, host: &HostName, place: &Place) -> AttachmentRecord 
         position: place.position,
         joined: place.joined,
         home: place.home.0,
-        stripes: grove.stripes.iter().take(place.stripes).map(held).collect(),
+        stripes: (0..place.stripes).map(held).collect(),
     }
 }

@@ -7,7 +7,8 @@ use treeboot_types::{
     AttachState, BadParent, Epoch, HostInfo, HostName, Image, ImageId, ImageRef, Parent, StripeIndex,
 };
 
-use super::stripe::{Node, Stripe, Vertex};
+use super::layer::Node;
+use super::scope::Scope;
 use super::{Forest, Grove, Refusal, place};
 
 /// A host as people see it.
@@ -122,11 +123,9 @@ impl Forest {
         let id = self.resolve(image)?;
         let grove = self.images.get(&id).ok_or_else(|| unknown(&id))?;
         let mut vertices = Vec::new();
-        for (stripe, tree) in (0..).map(StripeIndex).zip(&grove.stripes) {
-            let views = tree
-                .vertices()
-                .filter_map(|(n, v)| self.vertex(grove, stripe, n, v));
-            vertices.extend(views);
+        for stripe in grove.indices() {
+            let nodes = grove.nodes();
+            vertices.extend(nodes.filter_map(|node| self.vertex(grove, stripe, &node)));
         }
         vertices.sort_by(|a, b| {
             (a.stripe, a.depth, &a.host, &a.portal).cmp(&(b.stripe, b.depth, &b.host, &b.portal))
@@ -139,7 +138,9 @@ impl Forest {
         })
     }
 
-    fn vertex(&self, grove: &Grove, stripe: StripeIndex, node: &Node, vertex: &Vertex) -> Option<VertexView> {
+    fn vertex(&self, grove: &Grove, stripe: StripeIndex, node: &Node) -> Option<VertexView> {
+        let index = usize::from(stripe.0);
+        let depth = grove.depth(index, node)?;
         let parent = grove.parent(stripe, node)?;
         let place = parent.host.as_ref().and_then(|h| grove.places.get(h));
         let name = |node: &Node| {
@@ -154,11 +155,11 @@ impl Forest {
             stripe,
             portal: parent.endpoint.portal.to_string(),
             origin: parent.origin,
-            depth: vertex.depth,
+            depth,
             state: place.map_or(AttachState::Ready, |p| p.state),
             connected: self.is_connected(parent.host.as_ref()),
-            parents: vertex.parents.keys().filter_map(name).collect(),
-            children: u32::try_from(vertex.children.len()).unwrap_or(u32::MAX),
+            parents: grove.parents(index, node).keys().filter_map(name).collect(),
+            children: u32::try_from(grove.children(index, node).len()).unwrap_or(u32::MAX),
             lease_left_ms: place.map_or(0, |p| p.lease_until_ms.saturating_sub(self.clock.heard_ms)),
             host: parent.host,
         })
@@ -181,86 +182,153 @@ impl Forest {
         let id = self.resolve(image)?;
         let grove = self.images.get(&id).ok_or_else(|| unknown(&id))?;
         let mut found = Vec::new();
-        for (stripe, tree) in (0..).map(StripeIndex).zip(&grove.stripes) {
-            let below = below(tree, seeker);
-            let eligible = tree.vertices().filter(|(node, _)| !below.contains(node));
-            found.extend(eligible.filter_map(|(node, v)| {
-                let parent = grove.parent(stripe, node)?;
+        for stripe in grove.indices() {
+            let index = usize::from(stripe.0);
+            let below = below(grove, index, seeker);
+            let rack = seeker.and_then(|seeker| self.rack_with_a_link(grove, index, seeker));
+            for node in grove.nodes().filter(|node| !below.contains(node)) {
+                let (Some(depth), Some(parent)) = (grove.depth(index, &node), grove.parent(stripe, &node))
+                else {
+                    continue;
+                };
                 let place = parent.host.as_ref().and_then(|h| grove.places.get(h));
                 let state = place.map_or(AttachState::Ready, |p| p.state);
-                let free_slots = v.free() / self.settings.active_parents.max(1);
-                let connected = self.is_connected(parent.host.as_ref());
-                let near = self.nearness(grove, node, seeker);
-                let is_pending = state == AttachState::Pending;
-                let rank = (
-                    !connected,
-                    free_slots == 0,
-                    v.depth,
-                    near,
-                    is_pending,
-                    v.used,
-                    v.joined,
-                );
-                Some((rank, parent, state, free_slots))
-            }));
+                let stands = grove.stands(index, &node);
+                let vertices = stands
+                    .iter()
+                    .filter_map(|(scope, member)| grove.layer(index, scope)?.get(member));
+                let (free, used) = vertices.fold((0u32, 0u32), |(free, used), v| {
+                    (free.saturating_add(v.free()), used.saturating_add(v.used))
+                });
+                let free_slots = free / self.settings.active_parents.max(1);
+                let why = Why {
+                    lost: !self.is_connected(parent.host.as_ref()),
+                    full: free_slots == 0,
+                    crosses: rack
+                        .as_ref()
+                        .is_some_and(|rack| stands.iter().all(|(s, _)| s != rack)),
+                    depth,
+                    near: seeker.map_or(2, |seeker| self.nearness(grove, &node, seeker)),
+                    pending: state == AttachState::Pending,
+                };
+                found.push((
+                    why,
+                    used,
+                    place.map_or(0, |p| p.joined),
+                    parent,
+                    state,
+                    free_slots,
+                ));
+            }
         }
-        found.sort_by(|a, b| (a.0, &a.1.host).cmp(&(b.0, &b.1.host)));
+        found.sort_by(|a, b| (a.0, a.1, a.2, &a.3.host).cmp(&(b.0, b.1, b.2, &b.3.host)));
         let best = found.into_iter().take(limit);
-        let best = best.map(
-            |((lost, full, depth, near, pending, ..), parent, state, free_slots)| Candidate {
-                reason: reason(lost, full, depth, near, pending, free_slots),
-                parent,
-                state,
-                free_slots,
-            },
-        );
+        let best = best.map(|(why, _, _, parent, state, free_slots)| Candidate {
+            reason: why.text(free_slots),
+            parent,
+            state,
+            free_slots,
+        });
         Ok(best.collect())
     }
 
-    fn nearness(&self, grove: &Grove, node: &Node, seeker: Option<&HostName>) -> u8 {
-        let around = place::Around {
+    /// The seeker's rack or zone, if others of it read the image already.
+    fn rack_with_a_link(&self, grove: &Grove, stripe: usize, seeker: &HostName) -> Option<Scope> {
+        let scope = self.around().scope_for(seeker);
+        let layer = grove.layer(stripe, &scope)?;
+        let own = Node::Host(seeker.clone());
+        let has_others = layer.members().any(|member| *member != own);
+        (has_others && scope != Scope::Fleet).then_some(scope)
+    }
+
+    fn nearness(&self, grove: &Grove, node: &Node, seeker: &HostName) -> u8 {
+        let around = self.around();
+        match node {
+            Node::Origin(index) => around.distance(&grove.image, *index, &Node::Host(seeker.clone())),
+            Node::Host(host) => {
+                let (theirs, own) = (around.scope_for(host), around.scope_for(seeker));
+                match (&theirs, &own) {
+                    (Scope::Rack(..), _) if theirs == own => 0,
+                    _ => {
+                        let zones = |scope: &Scope| scope.outward().into_iter().rev().nth(1);
+                        let is_zone = |scope: &Scope| matches!(scope, Scope::Zone(_));
+                        let same = zones(&theirs) == zones(&own) && zones(&own).is_some_and(|s| is_zone(&s));
+                        if same { 1 } else { 2 }
+                    }
+                }
+            }
+            Node::Entrance | Node::Group(_) => 2,
+        }
+    }
+
+    fn around(&self) -> place::Around<'_> {
+        place::Around {
             hosts: &self.hosts,
             dying: &self.dying,
             settings: &self.settings,
-        };
-        match (node, seeker) {
-            (Node::Origin(index), Some(seeker)) => around.distance(&grove.image, *index, seeker),
-            _ => 2,
         }
+    }
+}
+
+/// Why a candidate stands where it stands: what counts most comes first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Why {
+    lost: bool,
+    full: bool,
+    /// Its rack has others to read from.
+    crosses: bool,
+    depth: u32,
+    /// 0 in one rack, 1 in one zone, 2 elsewhere.
+    near: u8,
+    pending: bool,
+}
+
+impl Why {
+    fn text(self, free_slots: u32) -> String {
+        let what = match self.depth {
+            0 => "origin".to_owned(),
+            1 => "1 step from an origin".to_owned(),
+            steps => format!("{steps} steps from an origin"),
+        };
+        let room = if self.full {
+            "no slot free".to_owned()
+        } else {
+            format!("{free_slots} slot(s) free")
+        };
+        let mut parts = vec![what, room];
+        parts.extend(match self.near {
+            0 => Some("same rack".to_owned()),
+            1 => Some("same zone".to_owned()),
+            _ => None,
+        });
+        let crosses = "a second link into its rack";
+        parts.extend(self.crosses.then(|| crosses.to_owned()));
+        parts.extend(self.pending.then(|| "still attaching".to_owned()));
+        parts.extend(self.lost.then(|| "its agent is not connected".to_owned()));
+        parts.join(", ")
     }
 }
 
 /// Whom a host cannot read from: itself and all that read from it.
-fn below(tree: &Stripe, seeker: Option<&HostName>) -> BTreeSet<Node> {
+fn below(grove: &Grove, stripe: usize, seeker: Option<&HostName>) -> BTreeSet<Node> {
     let Some(seeker) = seeker else {
         return BTreeSet::new();
     };
     let node = Node::Host(seeker.clone());
-    let mut below: BTreeSet<Node> = tree.below(&node, usize::MAX).into_iter().flatten().collect();
+    let below = grove.below(stripe, &node, usize::MAX).into_iter().flatten();
+    let mut below: BTreeSet<Node> = below.collect();
     below.insert(node);
     below
 }
 
-fn reason(lost: bool, full: bool, depth: u32, near: u8, pending: bool, free_slots: u32) -> String {
-    let what = match depth {
-        0 => "origin".to_owned(),
-        1 => "1 step from an origin".to_owned(),
-        steps => format!("{steps} steps from an origin"),
-    };
-    let room = if full {
-        "no slot free".to_owned()
-    } else {
-        format!("{free_slots} slot(s) free")
-    };
-    let mut parts = vec![what, room];
-    parts.extend(match near {
-        0 => Some("same rack".to_owned()),
-        1 => Some("same zone".to_owned()),
-        _ => None,
-    });
-    parts.extend(pending.then(|| "still attaching".to_owned()));
-    parts.extend(lost.then(|| "its agent is not connected".to_owned()));
-    parts.join(", ")
+impl Grove {
+    /// Origins and hosts.
+    fn nodes(&self) -> impl Iterator<Item = Node> {
+        let origins = (0..)
+            .zip(&self.image.origins)
+            .map(|(index, _)| Node::Origin(index));
+        origins.chain(self.places.keys().cloned().map(Node::Host))
+    }
 }
 
 fn unknown(id: &ImageId) -> Refusal {

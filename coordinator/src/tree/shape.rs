@@ -2,34 +2,34 @@
 
 use std::collections::BTreeSet;
 
-use treeboot_types::{AttachState, HostName, Image};
+use treeboot_types::Image;
 
 use super::Grove;
-use super::place::{Around, DEPTH_SLACK, Seeker, or_origin};
-use super::stripe::{Node, Stripe};
+use super::layer::{Layer, Node};
+use super::place::{Around, At, DEPTH_SLACK, Seeker, or_root};
 
 impl Around<'_> {
     /// Moves deepest leaves up while the tree is deeper than it need be.
-    pub(super) fn rebalance(&self, grove: &mut Grove, stripe: usize) {
+    pub(super) fn rebalance(&self, grove: &mut Grove, at: At<'_>) {
         let image = grove.image.clone();
-        let hosts = grove.stripes.get(stripe).map_or(0, Stripe::hosts);
-        let best = self.best_depth(grove, hosts);
-        // Each turn brings one host nearer to the root, so there are hardly more turns than hosts.
-        for _ in 0..hosts {
-            let Some(tree) = grove.stripes.get(stripe) else {
+        let members = grove.at(at).map_or(0, Layer::count);
+        let best = self.best_depth(grove, at);
+        // Each turn brings one member nearer to the root, so there are hardly more turns than members.
+        for _ in 0..members {
+            let Some(tree) = grove.at(at) else {
                 return;
             };
             let deepest = tree.deepest();
             if deepest <= best.saturating_add(DEPTH_SLACK) {
                 return;
             }
-            if self.lift(&image, grove, stripe) {
+            if self.lift(&image, grove, at) {
                 continue;
             }
-            let Some(leaf) = self.leaf_to_move(grove, stripe) else {
+            let Some(leaf) = self.leaf_to_move(grove, at) else {
                 return;
             };
-            let Some(tree) = grove.stripes.get_mut(stripe) else {
+            let Some(tree) = grove.at_mut(at) else {
                 return;
             };
             // Taken out first, because its own shares may be the ones that are missing near the root.
@@ -37,7 +37,7 @@ impl Around<'_> {
                 return;
             };
             let seeker = Seeker {
-                host: &leaf,
+                member: &leaf,
                 wanted: self.settings.active_parents,
                 limit: deepest.saturating_sub(2),
                 not: &BTreeSet::new(),
@@ -45,7 +45,7 @@ impl Around<'_> {
             let parents = self.choose(&image, tree, &seeker);
             let is_stuck = parents.is_none();
             let parents = parents.unwrap_or_else(|| place.parents.into_iter().collect());
-            tree.insert_host(&leaf, place.capacity, place.joined, parents);
+            tree.insert_member(&leaf, place.capacity, place.joined, parents);
             if is_stuck {
                 // In a stripe with hosts that offer nothing, those may stand anywhere in the way.
                 let is_mixed = tree.idle().next().is_some();
@@ -55,12 +55,11 @@ impl Around<'_> {
     }
 
     /// A leaf of the deepest level: one that is alive and ready rather than another.
-    fn leaf_to_move(&self, grove: &Grove, stripe: usize) -> Option<HostName> {
-        let tree = grove.stripes.get(stripe)?;
+    fn leaf_to_move(&self, grove: &Grove, at: At<'_>) -> Option<Node> {
+        let tree = grove.at(at)?;
         let leaves = tree.level(tree.deepest()).filter_map(|leaf| {
-            let vertex = tree.host(leaf)?;
-            let ready = grove.places.get(leaf).map(|p| p.state) == Some(AttachState::Ready);
-            let rank = (self.dying.contains(leaf), !self.is_heard(leaf), !ready);
+            let vertex = tree.get(leaf)?;
+            let rank = (self.is_dying(leaf), !self.is_heard(leaf), !grove.is_ready(leaf));
             vertex.children.is_empty().then_some((rank, vertex.joined, leaf))
         });
         leaves.min().map(|(_, _, leaf)| leaf.clone())
@@ -68,62 +67,73 @@ impl Around<'_> {
 
     /// The deepest host that offers shares takes the place of the one nearest the root that offers none, if that brings it
     /// up by at least two levels.
-    fn lift(&self, image: &Image, grove: &mut Grove, stripe: usize) -> bool {
-        let Some(tree) = grove.stripes.get_mut(stripe) else {
+    fn lift(&self, image: &Image, grove: &mut Grove, at: At<'_>) -> bool {
+        let Some(tree) = grove.at_mut(at) else {
             return false;
         };
-        let offers = |host: &&HostName| tree.host(host).is_some_and(|v| v.capacity > 0);
+        let offers = |member: &&Node| tree.get(member).is_some_and(|v| v.capacity > 0);
         let deepest = (1..=tree.deepest())
             .rev()
             .find_map(|depth| Some((depth, tree.level(depth).find(offers)?.clone())));
-        let Some((depth, host)) = deepest else {
+        let Some((depth, member)) = deepest else {
             return false;
         };
-        let Some(leaf) = self.idle_above(image, tree, &host, Some(depth.saturating_sub(1)), u32::MAX) else {
+        let Some(leaf) = self.idle_above(image, tree, &member, Some(depth.saturating_sub(1)), u32::MAX)
+        else {
             return false;
         };
-        let Some(below) = tree.get(&Node::Host(host.clone())).map(|v| v.parents.clone()) else {
+        let Some(below) = tree.get(&member).map(|v| v.parents.clone()) else {
             return false;
         };
         let Some(above) = tree.take(&leaf) else {
             return false;
         };
         for parent in below.keys() {
-            tree.unlink(&host, parent);
+            tree.unlink(&member, parent);
         }
         for (parent, shares) in above.parents {
-            tree.link(&host, &parent, shares);
+            tree.link(&member, &parent, shares);
         }
-        tree.insert_host(&leaf, above.capacity, above.joined, below);
+        tree.insert_member(&leaf, above.capacity, above.joined, below);
         true
     }
 
-    pub(super) fn best_depth(&self, grove: &Grove, hosts: usize) -> u32 {
-        self.settings.policy.best_depth(hosts, grove.image.stripes)
+    /// The least depth that a layer could have.
+    pub(super) fn best_depth(&self, grove: &Grove, at: At<'_>) -> u32 {
+        let layer = grove.at(at);
+        layer.map_or(0, |layer| {
+            self.best_depth_of(layer, layer.count(), grove.image.stripes)
+        })
+    }
+
+    /// The least depth that a layer could have with so many members.
+    pub(super) fn best_depth_of(&self, layer: &Layer, members: usize, stripes: u16) -> u32 {
+        let policy = &self.settings.policy;
+        if layer.get(&Node::Entrance).is_some() {
+            policy.best_depth_within(members, stripes)
+        } else {
+            policy.best_depth(members, stripes)
+        }
     }
 
     /// Puts all hosts below a depth anew, those that offer shares first. Needed where shares near the root are held one by one by
     /// hosts whose other parents are deep, so that no leaf finds all of its shares there; and where the last free shares
     /// lie below the host that looks for some.
-    pub(super) fn replant(&self, image: &Image, tree: &mut Stripe, below: u32) {
-        let mut taken: Vec<(bool, u64, HostName, u32)> = Vec::new();
+    pub(super) fn replant(&self, image: &Image, tree: &mut Layer, below: u32) {
+        let mut taken: Vec<(bool, u64, Node, u32)> = Vec::new();
         while tree.deepest() > below {
-            let level: Vec<HostName> = tree.level(tree.deepest()).cloned().collect();
-            for host in level {
-                if let Some(place) = tree.take(&host) {
-                    taken.push((place.capacity == 0, place.joined, host, place.capacity));
+            let level: Vec<Node> = tree.level(tree.deepest()).cloned().collect();
+            for member in level {
+                if let Some(place) = tree.take(&member) {
+                    taken.push((place.capacity == 0, place.joined, member, place.capacity));
                 }
             }
         }
         taken.sort();
-        for (_, joined, host, capacity) in taken {
-            if !self.put(image, tree, &host, capacity, joined) {
-                tree.insert_host(
-                    &host,
-                    capacity,
-                    joined,
-                    or_origin(None, self.settings.active_parents),
-                );
+        for (_, joined, member, capacity) in taken {
+            if !self.put(image, tree, &member, capacity, joined) {
+                let root = or_root(tree, None, self.settings.active_parents);
+                tree.insert_member(&member, capacity, joined, root);
             }
         }
     }

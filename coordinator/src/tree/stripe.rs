@@ -1,337 +1,286 @@
-//! One stripe of one image as a graph: who reads from whom, and where there is room. Structure only: which place a
-//! host gets is decided in `place`, and who is told in `publish`.
-//!
-//! A slot is divided into as many *shares* as a host has active parents, so that a host with two parents takes half
-//! a slot of each. Every edge leads from a vertex to one of smaller depth, which is why there can be no cycle.
+//! One stripe of one image: its layers, and what they come to when they are put together: who really reads from whom.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use treeboot_types::HostName;
 
-/// A vertex of a stripe's tree.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Node {
-    /// The image's origin with this index.
-    Origin(u16),
-    /// A host.
-    Host(HostName),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Vertex {
-    /// Shares held at each parent.
-    pub(super) parents: BTreeMap<Node, u32>,
-    /// Shares that each child holds here.
-    pub(super) children: BTreeMap<HostName, u32>,
-    /// Shares that there are.
-    pub(super) capacity: u32,
-    /// Shares that are held.
-    pub(super) used: u32,
-    /// 0 for an origin, otherwise one more than the deepest parent's.
-    pub(super) depth: u32,
-    /// Who came first stands before who came later, all else being equal.
-    pub(super) joined: u64,
-}
-
-impl Vertex {
-    pub(super) fn free(&self) -> u32 {
-        self.capacity.saturating_sub(self.used)
-    }
-}
-
-/// What a host held when it was taken out.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Taken {
-    pub(super) parents: BTreeMap<Node, u32>,
-    pub(super) orphans: BTreeMap<HostName, u32>,
-    pub(super) capacity: u32,
-    pub(super) depth: u32,
-    pub(super) joined: u64,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Stripe {
-    vertices: BTreeMap<Node, Vertex>,
-    /// Vertices with a free share: nearest the root first, then the least used, then the oldest.
-    free: BTreeSet<(u32, u32, u64, Node)>,
-    /// Hosts by depth.
-    levels: BTreeMap<u32, BTreeSet<HostName>>,
-    /// Hosts that offer no shares and have no children, by depth.
-    idle: BTreeSet<(u32, HostName)>,
-    hosts: usize,
-    /// Shares of all vertices.
-    capacity: u32,
-    /// Whose placement may read differently since this was taken last.
-    touched: BTreeSet<Node>,
-}
+use super::Grove;
+use super::layer::{Layer, Node};
+use super::scope::Scope;
 
 /// How many levels above its parents a host may fall back to, before it goes to the origins: its grandparents and
 /// theirs. Each level more makes every host admit fan-out times as many others, and be told of each of them.
 pub(super) const FALLBACK_LEVELS: usize = 2;
 
+/// The layers of one stripe; the fleet's is always there.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Stripe {
+    layers: BTreeMap<Scope, Layer>,
+    /// Layers that were handed out to be changed.
+    touched: BTreeSet<Scope>,
+}
+
 impl Stripe {
-    pub(super) fn get(&self, node: &Node) -> Option<&Vertex> {
-        self.vertices.get(node)
+    pub(super) fn layer(&self, scope: &Scope) -> Option<&Layer> {
+        self.layers.get(scope)
     }
 
-    pub(super) fn host(&self, host: &HostName) -> Option<&Vertex> {
-        self.vertices.get(&Node::Host(host.clone()))
+    pub(super) fn layer_mut(&mut self, scope: &Scope) -> Option<&mut Layer> {
+        let layer = self.layers.get_mut(scope)?;
+        if !self.touched.contains(scope) {
+            self.touched.insert(scope.clone());
+        }
+        Some(layer)
     }
 
-    pub(super) fn vertices(&self) -> impl Iterator<Item = (&Node, &Vertex)> {
-        self.vertices.iter()
+    pub(super) fn layers(&self) -> impl Iterator<Item = (&Scope, &Layer)> {
+        self.layers.iter()
     }
 
-    /// Vertices with a free share: nearest the root first, then the least used, then the oldest.
-    pub(super) fn with_room(&self) -> impl Iterator<Item = (&Node, &Vertex)> {
-        self.free
-            .iter()
-            .filter_map(|(_, _, _, node)| Some((node, self.vertices.get(node)?)))
+    /// A layer, without vertices if it was not there.
+    pub(super) fn open(&mut self, scope: &Scope) -> &mut Layer {
+        self.touched.insert(scope.clone());
+        self.layers.entry(scope.clone()).or_default()
     }
 
-    pub(super) fn host_names(&self) -> impl Iterator<Item = &HostName> {
-        self.levels.values().flatten()
+    /// What everybody is told may read otherwise now.
+    pub(super) fn touch_all(&mut self) {
+        for (scope, layer) in &mut self.layers {
+            layer.touch_all();
+            self.touched.insert(scope.clone());
+        }
     }
 
-    pub(super) fn hosts(&self) -> usize {
-        self.hosts
+    /// A layer that nobody is left in goes.
+    pub(super) fn close(&mut self, scope: &Scope) {
+        self.layers.remove(scope);
+    }
+}
+
+impl Grove {
+    pub(super) fn layer(&self, stripe: usize, scope: &Scope) -> Option<&Layer> {
+        self.stripes.get(stripe)?.layer(scope)
     }
 
-    /// Hosts that offer no shares and have no children, with their depths: nearest the root first.
-    pub(super) fn idle(&self) -> impl Iterator<Item = (u32, &HostName)> {
-        self.idle.iter().map(|(depth, host)| (*depth, host))
+    pub(super) fn layer_mut(&mut self, stripe: usize, scope: &Scope) -> Option<&mut Layer> {
+        self.stripes.get_mut(stripe)?.layer_mut(scope)
     }
 
-    /// Shares of all vertices, held or not.
-    pub(super) fn capacity(&self) -> u32 {
-        self.capacity
+    /// What is told of a member may read otherwise now.
+    pub(super) fn touch(&mut self, scope: &Scope, member: &Node) {
+        let layers = self
+            .stripes
+            .iter_mut()
+            .filter_map(|stripe| stripe.layer_mut(scope));
+        layers.for_each(|layer| layer.touch(member));
     }
 
-    /// Depth of the deepest host; 0 where there is none.
-    pub(super) fn deepest(&self) -> u32 {
-        self.levels.last_key_value().map_or(0, |(&depth, _)| depth)
+    /// Where a host is a member.
+    pub(super) fn scope_of(&self, host: &HostName) -> Option<&Scope> {
+        self.places.get(host).map(|place| &place.scope)
     }
 
-    pub(super) fn level(&self, depth: u32) -> impl Iterator<Item = &HostName> {
-        self.levels.get(&depth).into_iter().flatten()
+    /// The host that takes a stripe in for a whole zone or rack.
+    pub(super) fn head(&self, stripe: usize, group: &Scope) -> Option<HostName> {
+        let mut group = group;
+        // As many turns as scopes lie within each other.
+        loop {
+            let entrance = self.layer(stripe, group)?.get(&Node::Entrance)?;
+            match entrance.children.keys().next()? {
+                Node::Host(host) => return Some(host.clone()),
+                Node::Group(inner) => group = inner,
+                Node::Origin(_) | Node::Entrance => return None,
+            }
+        }
     }
 
-    /// Whose placement may read differently since this was asked last.
-    pub(super) fn take_touched(&mut self) -> BTreeSet<Node> {
-        std::mem::take(&mut self.touched)
+    /// A member as its readers see it: itself, or the head of a group.
+    pub(super) fn real(&self, stripe: usize, node: &Node) -> Option<Node> {
+        match node {
+            Node::Group(group) => self.head(stripe, group).map(Node::Host),
+            Node::Entrance => None,
+            Node::Host(_) | Node::Origin(_) => Some(node.clone()),
+        }
     }
 
-    /// Marks a vertex and all whose placement names it: as a parent, a fallback or a child.
-    pub(super) fn touch(&mut self, node: &Node) {
-        let levels = FALLBACK_LEVELS + 1;
-        let near = self
-            .above(node, levels)
-            .into_iter()
-            .chain(self.below(node, levels));
-        let near: Vec<Node> = near.flatten().collect();
-        self.touched.extend(near);
-        self.touched.insert(node.clone());
-    }
-
-    /// Changes a vertex and keeps both indices true.
-    fn change(&mut self, node: &Node, change: impl FnOnce(&mut Vertex)) {
-        let Some(vertex) = self.vertices.get_mut(node) else {
-            return;
+    /// From whom a member of a scope really reads, with its shares of each.
+    pub(super) fn parents_in(&self, stripe: usize, scope: &Scope, member: &Node) -> BTreeMap<Node, u32> {
+        let mut parents = BTreeMap::new();
+        let Some(vertex) = self.layer(stripe, scope).and_then(|layer| layer.get(member)) else {
+            return parents;
         };
-        let (old_depth, old_used, old_capacity) = (vertex.depth, vertex.used, vertex.capacity);
-        change(vertex);
-        self.free
-            .remove(&(old_depth, old_used, vertex.joined, node.clone()));
-        self.capacity = self.capacity - old_capacity + vertex.capacity;
-        if vertex.free() > 0 {
-            self.free
-                .insert((vertex.depth, vertex.used, vertex.joined, node.clone()));
-        }
-        let depth = vertex.depth;
-        let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
-        if let Node::Host(host) = node {
-            if depth != old_depth {
-                self.drop_from_level(host, old_depth);
-                self.levels.entry(depth).or_default().insert(host.clone());
-            }
-            self.idle.remove(&(old_depth, host.clone()));
-            if is_idle {
-                self.idle.insert((depth, host.clone()));
-            }
-        }
-    }
-
-    fn drop_from_level(&mut self, host: &HostName, depth: u32) {
-        if let Some(level) = self.levels.get_mut(&depth) {
-            level.remove(host);
-            if level.is_empty() {
-                self.levels.remove(&depth);
-            }
-        }
-    }
-
-    /// A vertex without parents; one that exists stays as it is.
-    fn insert(&mut self, node: Node, capacity: u32, depth: u32, joined: u64) {
-        if self.vertices.contains_key(&node) {
-            return;
-        }
-        let vertex = Vertex {
-            parents: BTreeMap::new(),
-            children: BTreeMap::new(),
-            capacity,
-            used: 0,
-            depth,
-            joined,
-        };
-        if capacity > 0 {
-            self.free.insert((depth, 0, joined, node.clone()));
-        }
-        self.capacity += capacity;
-        if let Node::Host(host) = &node {
-            self.levels.entry(depth).or_default().insert(host.clone());
-            if capacity == 0 {
-                self.idle.insert((depth, host.clone()));
-            }
-            self.hosts += 1;
-        }
-        self.vertices.insert(node, vertex);
-    }
-
-    pub(super) fn insert_origin(&mut self, index: u16, capacity: u32) {
-        self.insert(Node::Origin(index), capacity, 0, index.into());
-    }
-
-    /// Puts a host without children under `parents`.
-    pub(super) fn insert_host(
-        &mut self,
-        host: &HostName,
-        capacity: u32,
-        joined: u64,
-        parents: impl IntoIterator<Item = (Node, u32)>,
-    ) {
-        self.insert(Node::Host(host.clone()), capacity, 1, joined);
-        for (parent, shares) in parents {
-            self.link(host, &parent, shares);
-        }
-    }
-
-    /// A host offers so many shares from now on; what children hold stays held.
-    pub(super) fn set_capacity(&mut self, host: &HostName, capacity: u32) {
-        self.change(&Node::Host(host.clone()), |vertex| vertex.capacity = capacity);
-    }
-
-    /// A child takes shares of a parent; its depth and that of all below follow.
-    pub(super) fn link(&mut self, child: &HostName, parent: &Node, shares: u32) {
-        let key = Node::Host(child.clone());
-        if shares == 0 || !self.vertices.contains_key(&key) || !self.vertices.contains_key(parent) {
-            return;
-        }
-        self.change(parent, |p| {
-            p.used += shares;
-            *p.children.entry(child.clone()).or_default() += shares;
-        });
-        self.change(&key, |c| *c.parents.entry(parent.clone()).or_default() += shares);
-        self.settle(child);
-        self.touch(&key);
-    }
-
-    /// A child gives its shares of a parent back; returns how many. Depths stay until the child is linked again.
-    pub(super) fn unlink(&mut self, child: &HostName, parent: &Node) -> u32 {
-        let mut shares = 0;
-        self.touch(&Node::Host(child.clone()));
-        self.change(parent, |p| {
-            shares = p.children.remove(child).unwrap_or(0);
-            p.used -= shares;
-        });
-        self.change(&Node::Host(child.clone()), |c| {
-            c.parents.remove(parent);
-        });
-        shares
-    }
-
-    /// Takes a host out with all its edges.
-    pub(super) fn take(&mut self, host: &HostName) -> Option<Taken> {
-        let node = Node::Host(host.clone());
-        let vertex = self.vertices.get(&node)?;
-        let taken = Taken {
-            parents: vertex.parents.clone(),
-            orphans: vertex.children.clone(),
-            capacity: vertex.capacity,
-            depth: vertex.depth,
-            joined: vertex.joined,
-        };
-        for parent in taken.parents.keys() {
-            self.unlink(host, parent);
-        }
-        for orphan in taken.orphans.keys() {
-            self.unlink(orphan, &node);
-        }
-        if let Some(vertex) = self.vertices.remove(&node) {
-            self.free
-                .remove(&(vertex.depth, vertex.used, vertex.joined, node));
-            self.drop_from_level(host, vertex.depth);
-            self.idle.remove(&(vertex.depth, host.clone()));
-            self.hosts -= 1;
-            self.capacity -= vertex.capacity;
-        }
-        Some(taken)
-    }
-
-    /// Makes the depths of a host and of all below it true again.
-    fn settle(&mut self, host: &HostName) {
-        // Ends: a depth changes only when a parent's did, and the graph has no cycle; the bound holds even if it had.
-        let mut steps = self.vertices.len().saturating_mul(self.vertices.len());
-        let mut waiting = vec![host.clone()];
-        while let Some(host) = waiting.pop() {
-            let node = Node::Host(host);
-            let Some(vertex) = self.vertices.get(&node) else {
-                continue;
+        for (parent, shares) in &vertex.parents {
+            let found = match (parent, scope.outer()) {
+                (Node::Entrance, Some(outer)) => self.parents_in(stripe, &outer, &Node::Group(scope.clone())),
+                _ => BTreeMap::from_iter(self.real(stripe, parent).map(|node| (node, *shares))),
             };
-            let deepest = vertex
-                .parents
-                .keys()
-                .filter_map(|p| Some(self.vertices.get(p)?.depth))
-                .max();
-            // Between two parents a host has none; its depth stays what it was.
-            let depth = deepest.map_or(vertex.depth, |d| d.saturating_add(1));
-            if depth != vertex.depth && steps > 0 {
-                steps -= 1;
-                waiting.extend(vertex.children.keys().cloned());
-                self.change(&node, |v| v.depth = depth);
-                self.touch(&node);
+            for (node, shares) in found {
+                *parents.entry(node).or_default() += shares;
             }
         }
+        parents
+    }
+
+    /// From whom a host reads, with its shares of each; nobody for an origin.
+    pub(super) fn parents(&self, stripe: usize, node: &Node) -> BTreeMap<Node, u32> {
+        match node {
+            Node::Host(host) => {
+                let scope = self.scope_of(host);
+                scope.map_or_else(BTreeMap::new, |scope| self.parents_in(stripe, scope, node))
+            }
+            _ => BTreeMap::new(),
+        }
+    }
+
+    /// The places of a host, or an origin, in the layers of a stripe: its own, then those of the groups that it is the head of.
+    pub(super) fn stands(&self, stripe: usize, node: &Node) -> Vec<(Scope, Node)> {
+        let Node::Host(host) = node else {
+            return vec![(Scope::Fleet, node.clone())];
+        };
+        let Some(scope) = self.scope_of(host) else {
+            return Vec::new();
+        };
+        let mut stands = vec![(scope.clone(), node.clone())];
+        let mut scope = scope.clone();
+        while let Some(outer) = scope.outer() {
+            if self.head(stripe, &scope).as_ref() != Some(host) {
+                break;
+            }
+            stands.push((outer.clone(), Node::Group(scope)));
+            scope = outer;
+        }
+        stands
+    }
+
+    /// Who reads from a host or an origin.
+    pub(super) fn children(&self, stripe: usize, node: &Node) -> BTreeSet<Node> {
+        let mut children = BTreeSet::new();
+        for (scope, member) in self.stands(stripe, node) {
+            let vertex = self.layer(stripe, &scope).and_then(|layer| layer.get(&member));
+            let inner = vertex.into_iter().flat_map(|vertex| vertex.children.keys());
+            children.extend(inner.filter_map(|child| self.real(stripe, child)));
+        }
+        children
+    }
+
+    /// In which layer a host reads from a parent: the scope, the member that stands for the host there, and the parent's.
+    pub(super) fn edge(&self, stripe: usize, host: &HostName, parent: &Node) -> Option<(Scope, Node, Node)> {
+        let (mut scope, mut member) = (self.scope_of(host)?.clone(), Node::Host(host.clone()));
+        loop {
+            let vertex = self.layer(stripe, &scope)?.get(&member)?;
+            let mut parents = vertex.parents.keys();
+            if let Some(found) = parents.find(|node| self.real(stripe, node).as_ref() == Some(parent)) {
+                return Some((scope, member, found.clone()));
+            }
+            let outer = scope.outer()?;
+            member = Node::Group(scope);
+            scope = outer;
+        }
+    }
+
+    /// Steps from an origin; none where a host does not stand in the stripe.
+    pub(super) fn depth(&self, stripe: usize, node: &Node) -> Option<u32> {
+        let Node::Host(host) = node else {
+            return Some(0);
+        };
+        let mut scope = self.scope_of(host)?.clone();
+        let mut depth = self.layer(stripe, &scope)?.get(node)?.depth;
+        while let Some(outer) = scope.outer() {
+            // Whoever stands at the entrance stands where the group does.
+            let group = Node::Group(scope);
+            depth = depth
+                .saturating_add(self.layer(stripe, &outer)?.get(&group)?.depth)
+                .saturating_sub(1);
+            scope = outer;
+        }
+        Some(depth)
     }
 
     /// The vertices on the way up, nearest first, in at most `levels` levels; each once.
-    pub(super) fn above(&self, node: &Node, levels: usize) -> Vec<Vec<Node>> {
-        self.walk(node, levels, |vertex| vertex.parents.keys().cloned().collect())
-    }
-
-    /// The hosts on the way down, nearest first, in at most `levels` levels; each once.
-    pub(super) fn below(&self, node: &Node, levels: usize) -> Vec<Vec<Node>> {
-        self.walk(node, levels, |vertex| {
-            vertex.children.keys().cloned().map(Node::Host).collect()
+    pub(super) fn above(&self, stripe: usize, node: &Node, levels: usize) -> Vec<Vec<Node>> {
+        walk(node, levels, |node| {
+            self.parents(stripe, node).into_keys().collect()
         })
     }
 
-    fn walk(&self, from: &Node, levels: usize, next: impl Fn(&Vertex) -> Vec<Node>) -> Vec<Vec<Node>> {
-        let mut seen = BTreeSet::from([from.clone()]);
-        let mut rows: Vec<Vec<Node>> = Vec::new();
-        let mut row = vec![from.clone()];
-        for _ in 0..levels {
-            let mut following = Vec::new();
-            for node in row.iter().filter_map(|n| self.vertices.get(n)).flat_map(&next) {
-                if seen.insert(node.clone()) {
-                    following.push(node);
+    /// The hosts on the way down, nearest first, in at most `levels` levels; each once.
+    pub(super) fn below(&self, stripe: usize, node: &Node, levels: usize) -> Vec<Vec<Node>> {
+        walk(node, levels, |node| {
+            self.children(stripe, node).into_iter().collect()
+        })
+    }
+
+    /// All hosts of a scope that stand in a stripe.
+    fn all_of(&self, stripe: usize, scope: &Scope, into: &mut BTreeSet<Node>) {
+        let members = self.layer(stripe, scope).into_iter().flat_map(Layer::members);
+        for member in members {
+            match member {
+                Node::Group(group) => self.all_of(stripe, group, into),
+                _ => {
+                    into.insert(member.clone());
                 }
             }
-            if following.is_empty() {
-                break;
-            }
-            rows.push(following.clone());
-            row = following;
         }
-        rows
     }
+
+    /// Origins and hosts whose placement may read otherwise since this was asked last: who changed, and all whose placement
+    /// names one of those as a parent, a fallback or a child.
+    pub(super) fn take_touched(&mut self) -> BTreeSet<Node> {
+        let mut touched = BTreeSet::new();
+        for stripe in 0..self.stripes.len() {
+            let mut changed = Vec::new();
+            if let Some(tree) = self.stripes.get_mut(stripe) {
+                for scope in std::mem::take(&mut tree.touched) {
+                    if let Some(layer) = tree.layers.get_mut(&scope) {
+                        changed.push((scope, layer.take_touched()));
+                    }
+                }
+            }
+            let mut seeds = BTreeSet::new();
+            for (scope, (edges, sunk)) in changed {
+                for node in edges {
+                    match node {
+                        Node::Entrance => seeds.extend(self.head(stripe, &scope).map(Node::Host)),
+                        _ => seeds.extend(self.real(stripe, &node)),
+                    }
+                }
+                for node in sunk {
+                    match &node {
+                        Node::Group(group) => self.all_of(stripe, group, &mut seeds),
+                        _ => {
+                            seeds.insert(node);
+                        }
+                    }
+                }
+            }
+            for seed in seeds {
+                let levels = FALLBACK_LEVELS + 1;
+                let near = self.above(stripe, &seed, levels).into_iter();
+                let near = near.chain(self.below(stripe, &seed, levels));
+                touched.extend(near.flatten());
+                touched.insert(seed);
+            }
+        }
+        touched
+    }
+}
+
+fn walk(from: &Node, levels: usize, next: impl Fn(&Node) -> Vec<Node>) -> Vec<Vec<Node>> {
+    let mut seen = BTreeSet::from([from.clone()]);
+    let mut rows: Vec<Vec<Node>> = Vec::new();
+    let mut row = vec![from.clone()];
+    for _ in 0..levels {
+        let mut following = Vec::new();
+        for node in row.iter().flat_map(&next) {
+            if seen.insert(node.clone()) {
+                following.push(node);
+            }
+        }
+        if following.is_empty() {
+            break;
+        }
+        rows.push(following.clone());
+        row = following;
+    }
+    rows
 }

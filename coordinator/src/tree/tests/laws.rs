@@ -11,7 +11,7 @@ const HOSTS: usize = 24;
 
 /// A second or two; PROPTEST_CASES asks for more. A failure prints the shortest history that shows it, which then
 /// becomes a test with a name, so no file of seeds is kept.
-fn config() -> ProptestConfig {
+pub(super) fn config() -> ProptestConfig {
     let mut config = ProptestConfig::default();
     if std::env::var_os("PROPTEST_CASES").is_none() {
         config.cases = 192;
@@ -192,6 +192,53 @@ proptest! {
                 return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
             }
         }
+    }
+
+    #[test]
+    fn every_law_holds_in_racks_after_every_event(
+        stripes in 1u16..4,
+        fan_out in 1u32..4,
+        active_parents in 1u32..3,
+        racks in 1usize..7,
+        zones in 0usize..3,
+        ops in proptest::collection::vec(op(), 1..80),
+    ) {
+        let mut world = match stripes {
+            1 => World::new(fan_out, active_parents),
+            stripes => World::striped(stripes, active_parents),
+        };
+        for (at, op) in ops.iter().enumerate() {
+            if let Op::Join(n) = op && !world.agents.contains_key(&host(*n)) {
+                super::racks::come_in(&mut world, *n, racks, zones);
+            }
+            apply(&mut world, *op);
+            if let Err(why) = check(&world) {
+                return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_restart_gives_exactly_the_tree_of_racks(
+        ops in proptest::collection::vec(op(), 1..60),
+        racks in 1usize..7,
+        zones in 0usize..3,
+    ) {
+        let mut world = World::striped(2, 1);
+        for op in &ops {
+            if let Op::Join(n) = op && !world.agents.contains_key(&host(*n)) {
+                super::racks::come_in(&mut world, *n, racks, zones);
+            }
+            apply(&mut world, *op);
+        }
+        let before = world.forest.tree(&image_ref()).unwrap();
+        world.restart();
+        let edges = |tree: crate::tree::TreeView| -> Vec<_> {
+            let vertices = tree.vertices.into_iter();
+            vertices.map(|v| (v.stripe, v.host, v.depth, v.parents)).collect()
+        };
+        prop_assert_eq!(edges(before), edges(world.forest.tree(&image_ref()).unwrap()));
+        prop_assert_eq!(world.forest.audit(), Ok(()));
     }
 
     #[test]

@@ -4,4 +4,6 @@ mod beats;
 mod images;
 mod laws;
 mod places;
+mod racks;
+mod rebuild;
 mod world;

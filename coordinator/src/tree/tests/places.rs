@@ -234,9 +234,10 @@ fn origins_are_nearest_first_by_rack_then_zone_then_order() {
         all.map(|p| p.endpoint.portal.to_string()).collect()
     };
     let near = world.join("near3").unwrap();
+    // A zone takes an image in as one, from an origin of the zone; falling back each host goes to the nearest.
     assert_eq!(
         portals(&near),
-        ["10.9.9.3:3260", "10.9.9.2:3260", "10.9.9.1:3260"]
+        ["10.9.9.2:3260", "10.9.9.3:3260", "10.9.9.1:3260"]
     );
     assert_eq!(near.image.origins[0].endpoint.portal.as_str(), "10.9.9.3:3260");
     let far = world.join("far").unwrap();

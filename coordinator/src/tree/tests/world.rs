@@ -90,6 +90,8 @@ pub(super) struct Agent {
     pub(super) portal: String,
     pub(super) labels: Labels,
     pub(super) max_stripes: u16,
+    /// 0 counts as 1.
+    pub(super) weight: u32,
     pub(super) stream: Option<StreamId>,
     pub(super) placements: BTreeMap<ImageId, Placement>,
     pub(super) states: BTreeMap<ImageId, AttachState>,
@@ -416,6 +418,8 @@ impl World {
     fn check_told_of(&self, index: usize) -> Result<(), String> {
         let fan_out = self.forest.settings().policy.fan_out();
         let active = self.forest.settings().active_parents;
+        // Who takes a stripe in for a rack.
+        let mut heads: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
         let mut load: BTreeMap<String, u32> = BTreeMap::new();
         for (host, agent) in &self.agents {
             let Some(placement) = agent
@@ -454,13 +458,29 @@ impl World {
                     return Err(format!("{name} was not told of {host}"));
                 }
             }
+            for level in 1..=2 {
+                let Some(group) = agent.group(level) else {
+                    continue;
+                };
+                let named = |p: &treeboot_types::Parent| p.host.as_ref().map(|h| h.to_string());
+                let above = |p| Some(self.agents.get(&named(p)?)?.group(level)? == group);
+                if stripe.active.iter().any(|p| above(p) != Some(true)) {
+                    heads.entry(group).or_default().push(host);
+                }
+            }
             let count = u32::try_from(stripe.active.len()).unwrap();
             for (turn, parent) in (0..count).zip(&stripe.active) {
                 let key = parent.host.as_ref().map_or("origin".into(), ToString::to_string);
                 *load.entry(key).or_default() += active / count + u32::from(turn < active % count);
             }
         }
-        match load.iter().find(|(_, shares)| **shares > fan_out * active) {
+        if let Some((rack, heads)) = heads.iter().find(|(_, heads)| heads.len() > 1) {
+            return Err(format!("stripe {index} comes into {rack:?} by {heads:?}"));
+        }
+        // Once for its own rack, and again where it is the head of that, and of a zone.
+        let scopes = |host: &str| self.agents.get(host).map_or(1, |agent| 1 + agent.labels.len());
+        let bound = |host: &str| fan_out * active * u32::try_from(scopes(host)).unwrap();
+        match load.iter().find(|(host, shares)| **shares > bound(host)) {
             Some((host, shares)) if active == 1 => Err(format!("{host} feeds {shares}")),
             _ => Ok(()),
         }
@@ -501,6 +521,16 @@ impl Agent {
         format!("{:?}", (&self.states, &self.portal)).into_bytes()
     }
 
+    /// Its zone (1), or its rack within its zone (2).
+    fn group(&self, level: usize) -> Option<(&str, &str)> {
+        let label = |key: &str| self.labels.get(key).map_or("", String::as_str);
+        match level {
+            1 if !label("zone").is_empty() => Some((label("zone"), "")),
+            2 if !label("rack").is_empty() => Some((label("zone"), label("rack"))),
+            _ => None,
+        }
+    }
+
     pub(super) fn info(&self, host: &str) -> HostInfo {
         HostInfo {
             name: name(host),
@@ -511,7 +541,7 @@ impl Agent {
             max_stripes: self.max_stripes,
             labels: self.labels.clone(),
             version: "test".into(),
-            weight: 1,
+            weight: self.weight.max(1),
             runs_vms: true,
             holds_store: false,
         }
