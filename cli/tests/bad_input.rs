@@ -271,7 +271,8 @@ fn a_coordinator_that_cannot_be_reached_is_named() {
     }
     run(&["image", "list", "--coordinator", "http://[::1]:1"]).fails(5, &["http://[::1]:1"]);
     run(&["image", "list", "--coordinator", "::1:7400"]).fails(2, &["::1:7400", "not the URL"]);
-    run(&["image", "list", "--coordinator", "https://a:1"]).fails(2, &["https://a:1", "TLS"]);
+    run(&["image", "list", "--coordinator", "https://a:1"])
+        .fails(2, &["https://a:1", "needs an identity", "treeboot login"]);
 }
 
 #[test]

@@ -411,6 +411,23 @@ async fn a_reset_is_answered_when_the_writes_of_all_sessions_have_ended() {
     }
 }
 
+#[tokio::test]
+async fn a_cold_reset_is_answered_before_it_ends_all_sessions() {
+    let device = Slow::new();
+    let (_server, portal) = serve(device.clone()).await;
+    let mut one = Client::login(portal, TARGET, 1).await;
+    let mut two = Client::login(portal, TARGET, 2).await;
+    let write = command(&mut one, 1, TaskAttribute::Simple, 0x2a, 1);
+    one.send(&write.into(), &[1; 512]).await;
+    device.until_begun(1).await;
+    manage(&mut two, TaskFunction::TargetColdReset, NO_TAG).await;
+    still_waits(&mut two).await;
+    device.end(1);
+    complete(&mut two).await;
+    assert!(two.ends().await, "the session that asked goes on");
+    assert!(one.ends().await, "the other session goes on");
+}
+
 /// PERSISTENT RESERVE OUT.
 async fn reserve_out(client: &mut Client, tag: u8, action: u8, key: u64, action_key: u64) {
     let mut pdu = command(client, tag, TaskAttribute::Simple, 0x2a, 0);

@@ -11,6 +11,9 @@ use crate::stack::Step;
 /// What is half-built for as long as this is nobody's work under way.
 const HALF_BUILT_FOR: Duration = Duration::from_secs(2);
 
+/// Rounds of looking for what is half-built.
+const SWEEPS: u32 = 2;
+
 impl Host {
     /// Compares the whole host with what is desired; with `fix`, mends what can be mended first, through the owner of each thing.
     /// Returns what is found then, and what could not be mended.
@@ -35,18 +38,25 @@ impl Host {
         let mut note = |what: String, error: &dyn std::error::Error| {
             failures.push(format!("{what}: {}", chain(error)));
         };
-        let before = self.plane().inspect(&Scope::All).await?;
-        tokio::time::sleep(HALF_BUILT_FOR).await;
-        let found = self.plane().inspect(&Scope::All).await?;
         let applier = &self.shared.applier;
-        for leftover in found.leftovers.intersection(&before.leftovers) {
-            let sweep = Step::Sweep {
-                leftover: leftover.clone(),
-            };
-            if let Err(error) = applier.step(sweep).await {
-                note(leftover.clone(), &error);
+        // Twice, because a login that an agent had begun before it was killed may end while the first round waits.
+        for _ in 0..SWEEPS {
+            let before = self.plane().inspect(&Scope::All).await?;
+            if before.leftovers.is_empty() {
+                continue;
+            }
+            tokio::time::sleep(HALF_BUILT_FOR).await;
+            let found = self.plane().inspect(&Scope::All).await?;
+            for leftover in found.leftovers.intersection(&before.leftovers) {
+                let sweep = Step::Sweep {
+                    leftover: leftover.clone(),
+                };
+                if let Err(error) = applier.step(sweep).await {
+                    note(leftover.clone(), &error);
+                }
             }
         }
+        let found = self.plane().inspect(&Scope::All).await?;
         let desired = self.desired().wanted();
         let mut digests = found.caches.clone();
         digests.extend(desired.bases.keys());

@@ -158,6 +158,8 @@ pub(super) struct Abortion {
     pub(super) serials: Vec<u64>,
     /// Other sessions' tasks.
     pub(super) gate: Option<Gate>,
+    /// All sessions end behind the answer: a cold reset.
+    pub(super) is_cold: bool,
 }
 
 /// Tasks whose end another session waits for.

@@ -88,7 +88,13 @@ impl Connection {
                 unit.logical.reset();
                 let gate = self.abort_of_others(&[lun]);
                 let serials = self.abort_where(|task| task.lun == lun);
-                return self.answer_when_ended(request.itt, counted, serials, Some(gate));
+                return self.answer_when_ended(Abortion {
+                    itt: request.itt,
+                    counted,
+                    serials,
+                    gate: Some(gate),
+                    is_cold: false,
+                });
             }
             TaskFunction::TaskReassign => {
                 self.over(counted);
@@ -99,7 +105,13 @@ impl Connection {
                 return self.task_response(request.itt, task_response::NOT_SUPPORTED);
             }
         };
-        self.answer_when_ended(request.itt, counted, serials, None);
+        self.answer_when_ended(Abortion {
+            itt: request.itt,
+            counted,
+            serials,
+            gate: None,
+            is_cold: false,
+        });
     }
 
     /// Aborts a command that has not come yet: its number is passed over when its turn comes (RFC 7143 §11.6.1).
@@ -113,13 +125,8 @@ impl Connection {
         task_response::COMPLETE
     }
 
-    fn answer_when_ended(&mut self, itt: u32, counted: bool, serials: Vec<u64>, gate: Option<Gate>) {
-        self.abortions.push(Abortion {
-            itt,
-            counted,
-            serials,
-            gate,
-        });
+    fn answer_when_ended(&mut self, abortion: Abortion) {
+        self.abortions.push(abortion);
         self.answer_abortions();
     }
 
@@ -130,11 +137,19 @@ impl Connection {
         }
         let gate = self.abort_of_others(&target.luns);
         let serials = self.abort_where(|_| true);
-        self.answer_when_ended(request.itt, counted, serials, Some(gate));
-        if request.function == TaskFunction::TargetColdReset {
-            self.order_others(&Order::Close("a cold reset of the target"));
-            self.end = Some(End::Ordered("a cold reset of the target"));
-        }
+        self.answer_when_ended(Abortion {
+            itt: request.itt,
+            counted,
+            serials,
+            gate: Some(gate),
+            is_cold: request.function == TaskFunction::TargetColdReset,
+        });
+    }
+
+    /// Ends the sessions of the target, this one too, once what it has to say was said.
+    pub(super) fn end_all(&mut self, why: &'static str) {
+        self.order_others(&Order::Close(why));
+        self.end = Some(End::Ordered(why));
     }
 
     /// Has the other sessions abort their tasks on these units; the gate opens when they have ended.

@@ -412,9 +412,18 @@ impl Connection {
             abortion.serials.is_empty() && abortion.gate.as_mut().is_none_or(Gate::is_open)
         };
         let ready: Vec<_> = self.abortions.extract_if(.., is_over).collect();
-        for Abortion { itt, counted, .. } in ready {
+        for Abortion {
+            itt,
+            counted,
+            is_cold,
+            ..
+        } in ready
+        {
             self.over(counted);
             self.task_response(itt, task_response::COMPLETE);
+            if is_cold {
+                self.end_all("a cold reset of the target");
+            }
         }
     }
 

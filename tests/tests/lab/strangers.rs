@@ -66,7 +66,16 @@ impl Strangers {
         host.kill_agent().await?;
         host.start_agent().await?;
         lab.wait_host_known(host).await?;
-        lab.treeboot(&["doctor", "--host", host.name(), "--fix"]).await?;
+        let told = lab
+            .treeboot_output(&["doctor", "--host", host.name(), "--fix"])
+            .await?;
+        ensure!(
+            told.status.success(),
+            "doctor on {}: {}{}",
+            host.name(),
+            String::from_utf8_lossy(&told.stdout),
+            String::from_utf8_lossy(&told.stderr)
+        );
         let now = host.sh(SHOW).await?;
         ensure!(
             now == self.0,

@@ -42,6 +42,9 @@ impl KernelPlane {
             Some(feed) => Some(feed.pass.lock().await),
             None => None,
         };
+        if let Some(feed) = &feed {
+            feed.logins_ended().await;
+        }
         let sys = Arc::clone(&self.sys);
         within("dropping the paths", move || {
             look::end_sessions(&sys, &digest)?;

@@ -8,6 +8,7 @@
 mod choose;
 mod reads;
 mod seen;
+mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -19,8 +20,8 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use treeboot_dm::status::MultipathStatus;
-use treeboot_dm::{DeviceNumber, DmDevice, Sectors, Status};
-use treeboot_types::{Digest, HostName, Portal, StripeIndex};
+use treeboot_dm::{DeviceNumber, Sectors};
+use treeboot_types::{Digest, HostName, Portal};
 
 use super::base;
 use super::links::{self, Link};
@@ -32,6 +33,7 @@ use crate::plane::PlaneError;
 use crate::stack::{Backing, PathTo, Sources};
 use choose::{NOTHING, PATIENCE, all, choose, same_parents};
 use reads::Reads;
+use status::{multipath, multipath_status};
 
 /// Between two looks at sessions and paths. A failed path is passed over by the kernel at once; this is how soon it is taken back.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -177,6 +179,17 @@ impl Feed {
     pub(super) fn stop(&self) {
         if let Some(task) = self.task.lock().take() {
             task.abort();
+        }
+    }
+
+    /// Waits for logins under way, so that none makes a session behind the end of the others. Call it when the task was stopped.
+    pub(super) async fn logins_ended(&self) {
+        let running = || {
+            let state = self.state.lock();
+            state.attempts.values().any(|a| matches!(a, Attempt::Running))
+        };
+        while running() {
+            let _ = tokio::time::timeout(LOOK_EVERY, self.wake.notified()).await;
         }
     }
 
@@ -572,22 +585,6 @@ async fn keep(feed: Weak<Feed>) {
         }
         now.passed.notify_waiters();
     }
-}
-
-fn multipath(digest: Digest, index: usize) -> DmDevice {
-    DmDevice::Multipath(digest, StripeIndex(u16::try_from(index).unwrap_or(u16::MAX)))
-}
-
-fn multipath_status(sys: &Sys, digest: Digest, index: usize) -> Result<MultipathStatus, PlaneError> {
-    let device = multipath(digest, index);
-    let lines = sys.mapper.status(&device).map_err(mapper_error)?;
-    let status = lines.into_iter().find_map(|line| match line.status {
-        Status::Multipath(status) => Some(status),
-        _ => None,
-    });
-    status.ok_or_else(|| PlaneError::Missing {
-        what: format!("the device {device}"),
-    })
 }
 
 /// Logs out and forgets the session.
