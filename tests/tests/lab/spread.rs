@@ -12,10 +12,9 @@ use treeboot_tests::network::LinkBytes;
 
 use crate::support::{import, sha256, with_spec};
 
-/// What the origin may ship above the image's bytes to each of its children.
+/// What a host may get above the image's bytes, and the origin ship above them to each of its children: chunks that caches missed and
+/// that are asked for again.
 const SURPLUS: f64 = 0.10;
-/// What any host may get above them: chunks that its cache missed, or that several readers met at.
-const HOST_SURPLUS: f64 = 0.25;
 /// Two below the origin, four below these, one below those.
 const HOSTS: usize = 7;
 const FAN_OUT: u64 = 2;
@@ -79,7 +78,7 @@ async fn greedy(lab: &Lab, before: &Links, distinct: u64) -> Result<Vec<String>>
         if node["depth"] == 1 {
             from_origin += parent;
         }
-        if times(parent + fallback) > 1.0 + HOST_SURPLUS {
+        if times(parent + fallback) > 1.0 + SURPLUS {
             greedy.push(name.to_owned());
         }
         from_origin += fallback;
