@@ -15,7 +15,7 @@ use treeboot_proto::v1::coordinator_server::CoordinatorServer;
 use treeboot_types::PathPolicy;
 
 use crate::identity::{Security, SecurityError, parse_life};
-use crate::owner;
+use crate::owner::{self, Health};
 use crate::rpc::CoordinatorService;
 use crate::store::{SledStore, Store, StoreError};
 use crate::tree::{Change, Effect, Forest, KAry, Key, LoadError, Record, Settings, Striped};
@@ -48,14 +48,14 @@ pub struct Options {
     #[arg(long, env = "TREEBOOT_STATE", value_name = "DIR")]
     pub state: PathBuf,
     /// The shape of the trees. A change is for images that are registered after it.
-    #[arg(long, env = "TREEBOOT_POLICY", default_value = "k-ary")]
+    #[arg(long, env = "TREEBOOT_POLICY", default_value = "striped")]
     pub policy: PolicyName,
-    /// Stripes of an image with `--policy striped`; each host feeds so many others a stripe's part of it.
+    /// Stripes of an image with `--policy striped`; each host feeds so many others one stripe of it, and uploads about one image.
     #[arg(long, env = "TREEBOOT_STRIPES", default_value_t = 2, value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_STRIPES)))]
     pub stripes: u16,
-    /// Children of each host and origin with `--policy k-ary`.
-    #[arg(long, env = "TREEBOOT_FAN_OUT", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_FAN_OUT)))]
-    pub fan_out: u32,
+    /// Children of each host and origin; with `--policy k-ary` only. [default: 2]
+    #[arg(long, env = "TREEBOOT_FAN_OUT", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_FAN_OUT)))]
+    pub fan_out: Option<u32>,
     /// Parents that a host reads from at once, each at an equal part of a slot.
     #[arg(long, env = "TREEBOOT_ACTIVE_PARENTS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_ACTIVE_PARENTS)))]
     pub active_parents: u32,
@@ -71,6 +71,14 @@ pub struct Options {
     /// How long a slot lasts that nobody registered, in milliseconds; at least 3.5 beats. [default: 5 beats]
     #[arg(long, env = "TREEBOOT_PENDING_LEASE_MS")]
     pub pending_lease_ms: Option<u64>,
+    /// Put the record aside and learn from the hosts where they stand: for a record that is lost or damaged. For one start, not for a
+    /// unit file
+    #[arg(long)]
+    pub rebuild: bool,
+    /// How long hosts have to say where they stand after the record was lost, in milliseconds; until then nobody gets a place. At least
+    /// 3.5 beats. [default: --lease-ms]
+    #[arg(long, env = "TREEBOOT_REBUILD_WINDOW_MS")]
+    pub rebuild_window_ms: Option<u64>,
     /// Neither certificates nor tokens, for a laptop: listens on loopback only.
     #[arg(long, env = "TREEBOOT_INSECURE")]
     pub insecure: bool,
@@ -85,12 +93,12 @@ pub struct Options {
 /// A [`tree::Policy`](crate::tree::Policy) as typed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum PolicyName {
+    /// Each host is inner in one of `--stripes` trees and a leaf in the others, so that it uploads an image once.
+    Striped,
     /// Two children everywhere, as in the VirtMan paper.
     Binary,
     /// `--fan-out` children everywhere.
     KAry,
-    /// Each host is inner in one of `--stripes` trees and a leaf in the others, so that it uploads an image once.
-    Striped,
 }
 
 /// [`PathPolicy`] as typed.
@@ -129,6 +137,15 @@ pub enum DaemonError {
         /// As given.
         lease_ms: u64,
     },
+    /// A number that the chosen shape has no use for.
+    #[error(
+        "--fan-out {given} is for --policy k-ary only; leave it out, or say --policy k-ary (trees of one stripe, in which inner hosts \
+         upload an image {given} times)"
+    )]
+    FanOut {
+        /// As given.
+        given: u32,
+    },
     /// Cannot listen.
     #[error("cannot listen on {address}; stop whoever uses it, or choose another address with --listen")]
     Listen {
@@ -159,7 +176,7 @@ pub enum DaemonError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The record makes no trees.
-    #[error("the record in {dir} does not fit together; restore the state directory from a backup")]
+    #[error("the record in {dir} does not fit together; {}", crate::store::WAY_OUT)]
     Load {
         /// Where it is.
         dir: String,
@@ -202,7 +219,11 @@ impl Options {
         let pending_lease_ms = self.pending_lease_ms.unwrap_or((beat_ms * 5).min(lease_ms));
         // Three beats, so that two may be lost, and half of one for a beat that comes late.
         let least_ms = beat_ms * 3 + beat_ms / 2;
-        let leases = [("lease-ms", lease_ms), ("pending-lease-ms", pending_lease_ms)];
+        let leases = [
+            ("lease-ms", lease_ms),
+            ("pending-lease-ms", pending_lease_ms),
+            ("rebuild-window-ms", self.rebuild_window_ms.unwrap_or(lease_ms)),
+        ];
         if let Some((flag, given_ms)) = leases.into_iter().find(|(_, ms)| *ms < least_ms) {
             return Err(DaemonError::Lease {
                 flag,
@@ -217,11 +238,16 @@ impl Options {
                 lease_ms,
             });
         }
+        if let Some(given) = self.fan_out
+            && self.policy != PolicyName::KAry
+        {
+            return Err(DaemonError::FanOut { given });
+        }
         Ok(Settings {
             policy: match self.policy {
                 PolicyName::Binary => Arc::new(KAry { fan_out: 2 }),
                 PolicyName::KAry => Arc::new(KAry {
-                    fan_out: self.fan_out,
+                    fan_out: self.fan_out.unwrap_or(2),
                 }),
                 PolicyName::Striped => Arc::new(Striped {
                     stripes: self.stripes,
@@ -240,6 +266,7 @@ impl Options {
 #[derive(Debug)]
 pub struct Daemon {
     address: SocketAddr,
+    health: watch::Receiver<Health>,
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     owner: JoinHandle<()>,
@@ -251,6 +278,17 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError`] says what is in the way.
     pub async fn start(options: &Options) -> Result<Self, DaemonError> {
+        Self::start_over(options, |store| Arc::new(store)).await
+    }
+
+    /// As [`Daemon::start`], with something of the caller's around the record, for instance a fault.
+    ///
+    /// # Errors
+    /// [`DaemonError`] says what is in the way.
+    pub async fn start_over(
+        options: &Options,
+        keep: impl FnOnce(SledStore) -> Arc<dyn Store>,
+    ) -> Result<Self, DaemonError> {
         let settings = options.settings()?;
         if options.insecure && !options.listen.ip().is_loopback() {
             return Err(DaemonError::InsecureAddress {
@@ -265,14 +303,24 @@ impl Daemon {
         }
         // The listener first: it costs nothing and fails fast.
         let listener = listen(options.listen).await?;
-        let dir = options.state.clone();
-        let store = tokio::task::spawn_blocking(move || SledStore::open(&dir))
+        let (dir, rebuild) = (options.state.clone(), options.rebuild);
+        let store = tokio::task::spawn_blocking(move || {
+            if rebuild && let Some(aside) = SledStore::set_aside(&dir)? {
+                tracing::warn!(record = %aside.display(), "the record was put aside; the trees are learned from the hosts");
+            }
+            SledStore::open(&dir)
+        })
             .await
             .map_err(|error| StoreError::Open {
                 dir: options.state.display().to_string(),
                 source: error.into(),
             })??;
-        let daemon = Self::serve(settings, Arc::new(store), listener, &options.state, security).await?;
+        let begin = Begin {
+            settings,
+            rebuild: options.rebuild,
+            window_ms: options.rebuild_window_ms,
+        };
+        let daemon = Self::serve(begin, keep(store), listener, &options.state, security).await?;
         if let Some(path) = &options.ready_file {
             write_ready_file(path, daemon.address)?;
         }
@@ -289,11 +337,16 @@ impl Daemon {
         listener: TcpListener,
         dir: &Path,
     ) -> Result<Self, DaemonError> {
-        Self::serve(settings, store, listener, dir, Security::none()).await
+        let begin = Begin {
+            settings,
+            rebuild: false,
+            window_ms: None,
+        };
+        Self::serve(begin, store, listener, dir, Security::none()).await
     }
 
     async fn serve(
-        settings: Settings,
+        begin: Begin,
         store: Arc<dyn Store>,
         listener: TcpListener,
         dir: &Path,
@@ -310,9 +363,10 @@ impl Daemon {
                  change that: treeboot-coordinator init"
             );
         }
-        let forest = load(settings, Arc::clone(&store), dir).await?;
+        let forest = load(begin, Arc::clone(&store), dir).await?;
         let (stop, stopped) = watch::channel(false);
         let (handle, owner) = owner::spawn(forest, store, stopped.clone());
+        let health = handle.health();
         security.keep_new(stopped.clone());
         let service = CoordinatorService::new(handle, security.registrar, stopped.clone());
         let service = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
@@ -326,6 +380,7 @@ impl Daemon {
             });
         Ok(Self {
             address,
+            health,
             stop,
             server: tokio::spawn(server),
             owner,
@@ -335,6 +390,11 @@ impl Daemon {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How the owner of the trees is.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
     }
 
     /// Ends in order: what was taken in is saved and answered, streams are closed, the record is released.
@@ -376,7 +436,16 @@ pub async fn listen(address: SocketAddr) -> Result<TcpListener, DaemonError> {
         .map_err(|source| DaemonError::Listen { address, source })
 }
 
-async fn load(settings: Settings, store: Arc<dyn Store>, dir: &Path) -> Result<Forest, DaemonError> {
+/// How the trees begin.
+struct Begin {
+    settings: Settings,
+    /// With a window in which hosts say where they stand.
+    rebuild: bool,
+    /// How long such a window is; a lease unless told otherwise.
+    window_ms: Option<u64>,
+}
+
+async fn load(begin: Begin, store: Arc<dyn Store>, dir: &Path) -> Result<Forest, DaemonError> {
     let name = dir.display().to_string();
     let broken = |error: tokio::task::JoinError| StoreError::Open {
         dir: name.clone(),
@@ -388,10 +457,16 @@ async fn load(settings: Settings, store: Arc<dyn Store>, dir: &Path) -> Result<F
         .map_err(broken)??;
     let count = records.len();
     let mut effects = Vec::new();
-    let forest = Forest::load(settings, records, &mut effects).map_err(|source| DaemonError::Load {
-        dir: name.clone(),
-        source,
-    })?;
+    let window_ms = begin.window_ms.unwrap_or(begin.settings.lease_ms);
+    let mut forest = if begin.rebuild {
+        Forest::rebuild(begin.settings, window_ms)
+    } else {
+        Forest::load(begin.settings, records, &mut effects).map_err(|source| DaemonError::Load {
+            dir: name.clone(),
+            source,
+        })?
+    };
+    forest.set_rebuild_window(window_ms);
     // Also proves that the record can be written, before anybody relies on it.
     let mut changes: Vec<Change> = effects
         .into_iter()

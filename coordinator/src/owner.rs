@@ -34,6 +34,18 @@ pub enum CallError {
     Stopping,
 }
 
+/// What somebody who watches the coordinator is to know; always current, without a question to the owner.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Why the record cannot be written now. Questions are answered from memory, whoever asks for a change is refused, and hosts are told
+    /// nothing new until it can be written again.
+    pub not_saved: Option<String>,
+    /// Changes that wait for it.
+    pub waiting: usize,
+    /// Whether places are being learned from hosts, and none given out.
+    pub rebuilding: bool,
+}
+
 type Reply = oneshot::Sender<Result<Answer, CallError>>;
 type Question = Box<dyn FnOnce(&Forest) + Send>;
 
@@ -49,6 +61,7 @@ enum Request {
 #[derive(Debug, Clone)]
 pub struct Handle {
     requests: mpsc::Sender<Request>,
+    health: watch::Receiver<Health>,
 }
 
 impl std::fmt::Debug for Request {
@@ -99,6 +112,11 @@ impl Handle {
         answer.await.map_err(|_| CallError::Stopping)
     }
 
+    /// How the owner is.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
+    }
+
     pub(crate) async fn open(&self, stream: StreamId, pushes: mpsc::Sender<Push>) -> Result<(), CallError> {
         let request = Request::Open(stream, pushes);
         self.requests.send(request).await.map_err(|_| CallError::Stopping)
@@ -122,6 +140,7 @@ pub fn spawn(
     stop: watch::Receiver<bool>,
 ) -> (Handle, tokio::task::JoinHandle<()>) {
     let (requests, queue) = mpsc::channel(QUEUE);
+    let (told, health) = watch::channel(Health::default());
     let owner = Owner {
         forest,
         store,
@@ -131,9 +150,11 @@ pub fn spawn(
         next_call: 0,
         unsaved: BTreeMap::new(),
         held: Vec::new(),
+        not_saved: None,
+        health: told,
     };
     let task = tokio::spawn(owner.run(queue, stop));
-    (Handle { requests }, task)
+    (Handle { requests, health }, task)
 }
 
 struct Owner {
@@ -147,6 +168,9 @@ struct Owner {
     unsaved: BTreeMap<Key, Change>,
     /// Effects that wait for them.
     held: Vec<Effect>,
+    /// Why the newest attempt to make them durable failed.
+    not_saved: Option<String>,
+    health: watch::Sender<Health>,
 }
 
 impl Owner {
@@ -175,6 +199,7 @@ impl Owner {
                 self.step(Event::Clock);
             }
             self.settle().await;
+            self.tell_health();
             if stopping {
                 break;
             }
@@ -226,7 +251,11 @@ impl Owner {
             && let Err(error) = self.save().await
         {
             let why = chain(&error);
-            tracing::error!(changes = self.unsaved.len(), "{why}");
+            // Tried again several times a beat: a word when it begins, or when the reason changes.
+            if self.not_saved.as_ref() != Some(&why) {
+                tracing::error!(changes = self.unsaved.len(), "{why}");
+            }
+            self.not_saved = Some(why.clone());
             // Who waits for an answer is told; pushes wait, because a host must not act on what may be forgotten.
             for effect in std::mem::take(&mut self.held) {
                 match effect {
@@ -236,6 +265,9 @@ impl Owner {
             }
             self.bound_held();
             return;
+        }
+        if self.not_saved.take().is_some() {
+            tracing::info!("the record can be written again; nothing was lost");
         }
         let held = without_outdated(std::mem::take(&mut self.held));
         for effect in held {
@@ -248,12 +280,29 @@ impl Owner {
         }
     }
 
-    /// While nothing can be saved, pushes do not pile up: acknowledgements are worth nothing later.
+    /// While nothing can be saved, pushes do not pile up. Acknowledgements go out: that a beat came is true whatever is kept.
     fn bound_held(&mut self) {
-        self.held
-            .retain(|e| !matches!(e, Effect::Push(_, Push::Ack { .. })));
-        let held = std::mem::take(&mut self.held);
-        self.held = without_outdated(held);
+        for effect in without_outdated(std::mem::take(&mut self.held)) {
+            match effect {
+                Effect::Push(stream, push @ Push::Ack { .. }) => self.push(stream, push),
+                other => self.held.push(other),
+            }
+        }
+    }
+
+    fn tell_health(&self) {
+        let now = Health {
+            not_saved: self.not_saved.clone(),
+            waiting: self.unsaved.len(),
+            rebuilding: self.forest.is_rebuilding(),
+        };
+        self.health.send_if_modified(|told| {
+            let differs = *told != now;
+            if differs {
+                *told = now;
+            }
+            differs
+        });
     }
 
     async fn save(&mut self) -> Result<(), StoreError> {

@@ -27,8 +27,8 @@ const KNOWN_WITHIN: Duration = Duration::from_secs(20);
 pub struct Plan {
     /// Hosts besides the origin.
     pub hosts: usize,
-    /// Children a host.
-    pub fan_out: u32,
+    /// Children a host, in trees of one stripe: 2 are the paper's. Without it the coordinator's own default is tried: two stripes.
+    pub fan_out: Option<u32>,
     /// Parents that a host reads from at once.
     pub active_parents: u32,
     /// Further arguments of the coordinator.
@@ -49,7 +49,7 @@ impl Default for Plan {
     fn default() -> Self {
         Self {
             hosts: 1,
-            fan_out: 2,
+            fan_out: None,
             active_parents: 1,
             coordinator_args: Vec::new(),
             agent_args: Vec::new(),
@@ -377,11 +377,13 @@ fn coordinator_args(scratch: &Scratch, plan: &Plan) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![
         "--state".into(),
         scratch.path().join("coordinator/state").into(),
-        "--fan-out".into(),
-        plan.fan_out.to_string().into(),
         "--active-parents".into(),
         plan.active_parents.to_string().into(),
     ];
+    if let Some(fan_out) = plan.fan_out {
+        args.extend(["--policy", "k-ary", "--fan-out"].map(Into::into));
+        args.push(fan_out.to_string().into());
+    }
     args.extend(plan.coordinator_args.iter().map(Into::into));
     args
 }

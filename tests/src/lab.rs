@@ -53,27 +53,16 @@ const KNOWN_WITHIN: Duration = Duration::from_secs(60);
 const STATE_FILE: &str = "lab.json";
 
 /// What a lab shall be like.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct LabSpec {
     /// The hosts besides the origin, [`MAX_HOSTS`] at most.
     pub hosts: Vec<HostSpec>,
-    /// Children a host.
-    pub fan_out: u32,
+    /// Children a host, in trees of one stripe: 2 are the paper's. Without it the coordinator's own default is tried: two stripes.
+    pub fan_out: Option<u32>,
     /// Speed of every link in both directions, the origin's too, in Mbit/s; without it they are as fast as the machine.
     pub rate_mbit: Option<u32>,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<String>,
-}
-
-impl Default for LabSpec {
-    fn default() -> Self {
-        Self {
-            hosts: Vec::new(),
-            fan_out: 2,
-            rate_mbit: None,
-            coordinator_args: Vec::new(),
-        }
-    }
 }
 
 /// What is known of a lab that another process left running.
@@ -187,12 +176,11 @@ impl Lab {
 
     fn with_daemons(scratch: Scratch, binaries: Binaries, network: Network, spec: &LabSpec) -> Result<Self> {
         let folder = |name: &str| scratch.path().join(name);
-        let mut args: Vec<OsString> = vec![
-            "--state".into(),
-            folder("coordinator").join("state").into(),
-            "--fan-out".into(),
-            spec.fan_out.to_string().into(),
-        ];
+        let mut args: Vec<OsString> = vec!["--state".into(), folder("coordinator").join("state").into()];
+        if let Some(fan_out) = spec.fan_out {
+            args.extend(["--policy", "k-ary", "--fan-out"].map(Into::into));
+            args.push(fan_out.to_string().into());
+        }
         args.extend(spec.coordinator_args.iter().map(Into::into));
         let coordinator = Daemon::new(
             &scratch,

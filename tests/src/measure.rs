@@ -60,8 +60,8 @@ pub struct FleetFigures {
     pub fallback_bytes: u64,
     /// A chunk of this image.
     pub chunk_bytes: u64,
-    /// Children a host, at most.
-    pub fan_out: u32,
+    /// Children of the origin, in the stripe in which it has most: 2 in the paper's tree, 1 in two stripes.
+    pub origin_children: u32,
     /// Every agent, the origin first.
     pub hosts: Vec<HostFigures>,
 }
@@ -77,7 +77,13 @@ impl FleetFigures {
         let chunk_bytes = u64::from(record.chunk_bytes).max(BLOCK_BYTES);
         let mut figures = Self {
             chunk_bytes,
-            fan_out: tree.fan_out,
+            origin_children: tree
+                .nodes
+                .iter()
+                .filter(|node| node.origin)
+                .map(|node| node.children)
+                .max()
+                .unwrap_or(0),
             ..Self::default()
         };
         let mut blocks = BTreeSet::new();
@@ -120,7 +126,7 @@ impl FleetFigures {
     /// tree and repeats.
     #[must_use]
     pub fn origin_limit_bytes(&self) -> u64 {
-        u64::from(self.fan_out) * self.unique_chunk_bytes * 105 / 100
+        u64::from(self.origin_children) * self.unique_chunk_bytes * 105 / 100
     }
 }
 

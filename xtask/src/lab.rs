@@ -60,9 +60,9 @@ enum Verb {
         /// Memory of a host
         #[arg(long, value_name = "MIB", default_value_t = 160, value_parser = clap::value_parser!(u32).range(96..=16_384))]
         memory_mib: u32,
-        /// Children a host
-        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-        fan_out: u32,
+        /// Children a host, in trees of one stripe; without it two stripes
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+        fan_out: Option<u32>,
         /// Builds for release
         #[arg(long)]
         release: bool,
@@ -126,8 +126,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .arg("--state")
                 .arg(state()?)
                 .args(["--hosts", &hosts.to_string()])
-                .args(["--memory-mib", &memory_mib.to_string()])
-                .args(["--fan-out", &fan_out.to_string()]);
+                .args(["--memory-mib", &memory_mib.to_string()]);
+            if let Some(fan_out) = fan_out {
+                lab.args(["--fan-out", &fan_out.to_string()]);
+            }
             lab.args([
                 "--plane",
                 match plane {

@@ -25,6 +25,10 @@ pub trait Store: Send + Sync + 'static {
     fn apply(&self, changes: &[Change]) -> Result<(), StoreError>;
 }
 
+/// What a person can do about a record that is damaged.
+pub(crate) const WAY_OUT: &str = "restore the state directory from a backup, or start once with --rebuild, which puts the record aside and \
+                                  learns from the hosts where they stand";
+
 /// Why the record cannot be kept or read.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -58,11 +62,32 @@ pub enum StoreError {
         found: u8,
     },
     /// An entry cannot be read.
-    #[error("the entry {key} of the record is damaged; restore the state directory from a backup")]
+    #[error("the entry {key} of the record is damaged; {WAY_OUT}")]
     Damaged {
         /// Which.
         key: String,
         /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Entries are gone or read otherwise than they were written.
+    #[error(
+        "the record in {dir} is damaged: of {said} entries that were written it has {found}, or some read otherwise; {WAY_OUT}"
+    )]
+    Lost {
+        /// Which state directory.
+        dir: String,
+        /// Entries that are there.
+        found: u64,
+        /// Entries of which the last change spoke.
+        said: u64,
+    },
+    /// Its files make no sense.
+    #[error("the files of the record in {dir} are damaged; {WAY_OUT}")]
+    Unreadable {
+        /// Where they are.
+        dir: String,
+        /// What is wrong with them.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },

@@ -371,7 +371,7 @@ async fn scenario(lab: &Lab, fault: Fault) -> Result<()> {
 fn test(label: &str, fault: Fault) -> Result<()> {
     let spec = LabSpec {
         hosts: vec![HostSpec::of(Plane::Kernel), fault.child()],
-        fan_out: 1,
+        fan_out: Some(1),
         ..LabSpec::default()
     };
     let limit = Duration::from_secs(fault.seconds()) + 2 * AROUND;

@@ -158,7 +158,7 @@ fn test(label: &str, bytes: u64, start: Start, agent_args: &[&str]) -> Result<()
     };
     let spec = LabSpec {
         hosts: vec![host; HOSTS],
-        fan_out: u32::try_from(FAN_OUT)?,
+        fan_out: Some(u32::try_from(FAN_OUT)?),
         ..LabSpec::default()
     };
     with_spec(label, spec, LIMIT, async move |lab| {

@@ -41,6 +41,7 @@ fn shape(tree: &v1::GetTreeResponse) -> Vec<(u32, String, u32, Vec<String>)> {
 fn seven_hosts_attach_within_milliseconds_at_three_levels() -> Result<()> {
     let plan = Plan {
         hosts: 7,
+        fan_out: Some(2),
         ..Plan::default()
     };
     with_cluster("attach", Machine::Alone, plan, async |cluster| {
@@ -75,6 +76,7 @@ fn seven_hosts_attach_within_milliseconds_at_three_levels() -> Result<()> {
 fn a_burst_of_hosts_attaches_at_all_levels_at_once() -> Result<()> {
     let plan = Plan {
         hosts: 7,
+        fan_out: Some(2),
         ..Plan::default()
     };
     with_cluster("burst", Machine::Alone, plan, async |cluster| {

@@ -52,7 +52,7 @@ async fn counters(host: &Daemon) -> Result<v1::BaseCounters> {
 fn chain(hosts: usize) -> Plan {
     Plan {
         hosts,
-        fan_out: 1,
+        fan_out: Some(1),
         ..Plan::default()
     }
 }

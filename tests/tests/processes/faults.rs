@@ -37,7 +37,7 @@ fn guests_boot_although_the_parent_is(loss: Loss) -> Result<()> {
     }
     let plan = Plan {
         hosts: 3,
-        fan_out: 1,
+        fan_out: Some(1),
         namespaces,
         ..Plan::default()
     };

@@ -37,7 +37,7 @@ async fn import_attach_read(cluster: &Cluster) -> Result<()> {
 fn everything_works_over_ipv6() -> Result<()> {
     let plan = Plan {
         hosts: 2,
-        fan_out: 1,
+        fan_out: Some(1),
         ipv6: true,
         ..Plan::default()
     };
@@ -56,7 +56,7 @@ fn everything_works_over_ipv6() -> Result<()> {
 fn hosts_and_images_whose_names_begin_alike_are_not_taken_for_each_other() -> Result<()> {
     let plan = Plan {
         hosts: 3,
-        fan_out: 1,
+        fan_out: Some(1),
         names: ["10.0.0.1", "10.0.0.10", "10.0.0.100"]
             .map(str::to_owned)
             .to_vec(),

@@ -59,7 +59,6 @@ fn homes(tree: &v1::GetTreeResponse) -> Vec<(String, Vec<u32>)> {
 fn in_two_stripes_every_host_and_the_origin_upload_an_image_about_once() -> Result<()> {
     let plan = Plan {
         hosts: HOSTS,
-        coordinator_args: vec!["--policy".into(), "striped".into()],
         ..Plan::default()
     };
     with_cluster("striped", Machine::Alone, plan, async |cluster| {

@@ -134,6 +134,7 @@ pub enum OpenError {
 pub struct KernelPlane {
     sys: Arc<Sys>,
     portal: String,
+    max_stripes: u32,
     feeds: Mutex<HashMap<Digest, Arc<Feed>>>,
     keepers: Mutex<HashMap<Digest, Keeper>>,
     bases: Mutex<HashSet<Digest>>,
@@ -195,6 +196,7 @@ impl KernelPlane {
         let plane = Self {
             sys,
             portal,
+            max_stripes: if needs::splits_stripes() { MAX_STRIPES } else { 1 },
             feeds: Mutex::default(),
             keepers: Mutex::default(),
             bases: Mutex::default(),
@@ -363,7 +365,7 @@ impl Plane for KernelPlane {
 
     fn abilities(&self) -> Abilities {
         Abilities {
-            max_stripes: MAX_STRIPES,
+            max_stripes: self.max_stripes,
             verbs: BTreeSet::new(),
         }
     }

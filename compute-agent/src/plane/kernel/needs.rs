@@ -36,9 +36,15 @@ const MODULES: [Need; 11] = [
     need("iscsi_target_mod", "exports over iSCSI"),
 ];
 
+/// Sends each stripe's reads to that stripe's parents.
+const SWITCH: &str = "dm_switch";
+
 /// Modules without which only some images cannot be attached; they are tried, and their absence is logged.
 const SOMETIMES: [Need; 3] = [
-    need("dm_switch", "images in several stripes"),
+    need(
+        SWITCH,
+        "reading stripes apart; without it this host has one parent for all",
+    ),
     need("dm_service_time", "the path policy service-time"),
     need("dm_queue_length", "the path policy queue-length"),
 ];
@@ -109,6 +115,11 @@ pub(super) fn meet(cache: Option<Kind>) -> Result<(Mapper, Lio), NeedError> {
     let lio = Lio::default();
     lio.check()?;
     Ok((mapper, lio))
+}
+
+/// Whether this host can read an image's stripes apart.
+pub(super) fn splits_stripes() -> bool {
+    load(SWITCH)
 }
 
 /// Whether a module is there, loaded now if it was not. One that is built in has a folder in sysfs only if it has parameters, so what

@@ -59,7 +59,7 @@ const SHAPES: [Shape; 3] = [
     },
     Shape {
         name: "k-ary, fan-out 4",
-        arguments: &["--policy", "k-ary"],
+        arguments: &["--policy", "k-ary", "--fan-out", "4"],
     },
 ];
 
@@ -141,7 +141,6 @@ fn one(options: &Options, shape: &Shape, round: u32) -> Result<Run> {
     };
     let plan = Plan {
         hosts: options.hosts,
-        fan_out: if shape.name.starts_with("k-ary") { 4 } else { 2 },
         coordinator_args: shape.arguments.iter().map(ToString::to_string).collect(),
         namespaces: true,
         ..Plan::default()

@@ -112,7 +112,7 @@ The origin shipped {} in all: {times:.2} times these chunks (at most {} times, i
             bytes(figures.unique_bytes),
             bytes(figures.unique_chunk_bytes),
             bytes(figures.origin_bytes),
-            figures.fan_out,
+            figures.origin_children,
             bytes(figures.fallback_bytes),
         );
         text

@@ -23,9 +23,9 @@ pub(crate) struct Options {
     /// Memory of a host in MiB
     #[arg(long, default_value_t = 160)]
     memory_mib: u32,
-    /// Children a host
-    #[arg(long, default_value_t = 2)]
-    fan_out: u32,
+    /// Children a host, in trees of one stripe; without it two stripes
+    #[arg(long)]
+    fan_out: Option<u32>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
