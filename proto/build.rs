@@ -8,6 +8,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "treeboot/v1/agent.proto",
     ];
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        // They hold secrets; `src/secret.rs` prints them without.
+        .skip_debug(["treeboot.v1.ExportKey", "treeboot.v1.EdgeSecret"])
+        .compile_fds(descriptors)?;
     Ok(())
 }

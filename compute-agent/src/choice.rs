@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use treeboot_types::HostName;
 
+use crate::keys::Keys;
 use crate::plane::Plane;
 use crate::plane::user::{UserPlane, UserSettings};
 
@@ -108,6 +109,7 @@ pub(crate) struct Places {
     pub(crate) store: Option<PathBuf>,
     pub(crate) portal: SocketAddr,
     pub(crate) advertise: Option<String>,
+    pub(crate) keys: Arc<Keys>,
 }
 
 /// Why no plane starts.
@@ -139,6 +141,7 @@ pub(crate) fn open(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Pla
             store: places.store,
             portals: vec![places.portal],
             advertise: places.advertise,
+            keys: places.keys,
         })?)),
         PlaneName::Kernel => kernel(options, places),
     }
@@ -161,6 +164,7 @@ fn kernel(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, Plan
         store: places.store,
         portals: vec![places.portal],
         advertise: places.advertise,
+        keys: places.keys,
         delta_step: options.delta_step,
         delta_chunk_bytes: DELTA_CHUNK_BYTES,
         queue_limit: std::time::Duration::from_secs(options.queue_limit),
@@ -213,6 +217,7 @@ mod tests {
             store: None,
             portal: "127.0.0.1:3260".parse().unwrap(),
             advertise: None,
+            keys: Arc::new(Keys::none()),
         };
         let error = open(&options, places).err().unwrap().to_string();
         assert!(error.contains("--features kernel-plane"), "{error}");

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
@@ -19,6 +20,7 @@ use crate::choice::{self, Places, PlaneOpenError, PlaneOptions};
 use crate::host::{Host, HostError, Refused, Settings};
 use crate::identity::{self, IdentityError, IdentityOptions};
 use crate::journal::{Journal, JournalError};
+use crate::keys::{Keys, KeysError};
 use crate::rpc;
 
 /// How long an orderly end waits for calls under way.
@@ -130,6 +132,9 @@ pub enum DaemonError {
     /// TLS.
     #[error(transparent)]
     Setup(#[from] SetupError),
+    /// The secrets of iSCSI.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
     /// The plane does not start.
     #[error(transparent)]
     Plane(#[from] PlaneOpenError),
@@ -237,6 +242,10 @@ impl Daemon {
                 (Acceptance::Insecure, Dialer::Insecure, None)
             }
         };
+        let keys = Arc::new(match &own {
+            Some(_) => Keys::open(&state)?,
+            None => Keys::none(),
+        });
         let store = options.store.as_deref().map(absolute).transpose()?;
         let places = Places {
             host: options.name.clone(),
@@ -248,6 +257,7 @@ impl Daemon {
             store: store.clone(),
             portal: options.portal,
             advertise: options.advertise.clone(),
+            keys: Arc::clone(&keys),
         };
         let plane = choice::open(&options.plane, places)?;
         let portal = plane.portal();
@@ -269,6 +279,7 @@ impl Daemon {
             store_dir: store,
             coordinator: coordinator.clone(),
             dialer: dialer.clone(),
+            keys,
             agent_address: advertised(options.advertise.as_deref(), address),
             labels: options.labels.iter().cloned().collect::<Labels>(),
             weight: options.weight,

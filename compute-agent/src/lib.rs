@@ -15,6 +15,7 @@ pub mod doctor;
 pub mod host;
 pub mod identity;
 pub mod journal;
+pub mod keys;
 pub mod link;
 pub mod plane;
 pub mod rpc;

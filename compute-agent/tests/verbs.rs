@@ -63,6 +63,7 @@ async fn rig(at: usize) -> Rig {
         instance: "test".into(),
         state_dir: dir.path().to_owned(),
         store_dir: None,
+        keys: Arc::new(treeboot_agent::keys::Keys::none()),
         dialer: treeboot_identity::tls::Dialer::Insecure,
         coordinator: format!("http://{coordinator}"),
         agent_address: "127.0.0.1:1".into(),

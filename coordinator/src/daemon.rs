@@ -368,7 +368,7 @@ impl Daemon {
         let (handle, owner) = owner::spawn(forest, store, stopped.clone());
         let health = handle.health();
         security.keep_new(stopped.clone());
-        let service = CoordinatorService::new(handle, security.registrar, stopped.clone());
+        let service = CoordinatorService::new(handle, security.registrar, security.edges, stopped.clone());
         let service = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let mut on_stop = stopped;
         let server = Server::builder()

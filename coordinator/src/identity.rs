@@ -7,12 +7,15 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use treeboot_identity::authority::{self, Authority, AuthorityError, Fingerprint};
+use treeboot_identity::edges::{EdgeKey, EdgesError};
 use treeboot_identity::gate::Gate;
 use treeboot_identity::tls::{Acceptance, SetupError};
 use treeboot_identity::token::{self, Gatebook, JoinToken, TokenError};
 use treeboot_identity::{Holder, Person, Role, Who, unix_now};
 use treeboot_proto::v1;
 use treeboot_types::HostName;
+
+use crate::rpc::Edges;
 
 /// How long the coordinator's own certificate holds. It is made anew at each start and at two thirds of this; nobody keeps it.
 const OWN_LIFE: Duration = Duration::from_secs(30 * 86_400);
@@ -272,6 +275,9 @@ pub enum SecurityError {
     /// TLS.
     #[error(transparent)]
     Setup(#[from] SetupError),
+    /// The key of the edges' secrets.
+    #[error(transparent)]
+    Edges(#[from] EdgesError),
 }
 
 /// How the coordinator takes connections in, and what it needs for it.
@@ -282,6 +288,8 @@ pub struct Security {
     pub gate: Gate,
     /// Where hosts join.
     pub registrar: Registrar,
+    /// Secrets by which hosts read from each other.
+    pub edges: Edges,
     own: Option<Holder>,
 }
 
@@ -293,6 +301,7 @@ impl Security {
             acceptance: Acceptance::Insecure,
             gate: Gate::new(None),
             registrar: Registrar { desk: None },
+            edges: Edges::default(),
             own: None,
         }
     }
@@ -306,6 +315,7 @@ impl Security {
             return Ok(Self::none());
         };
         let own = Holder::new(authority.issue(&Who::Coordinator, OWN_LIFE)?);
+        let edges = Edges::of(EdgeKey::open(authority.dir())?);
         tracing::info!(authority = %authority.fingerprint(), "hosts and people need certificates of this authority");
         Ok(Self {
             acceptance: Acceptance::mutual(&own)?,
@@ -317,6 +327,7 @@ impl Security {
                     turn: Mutex::new(()),
                 })),
             },
+            edges,
             own: Some(own),
         })
     }

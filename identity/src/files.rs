@@ -6,12 +6,18 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 /// Makes the directory, and those above it, for the owner only where they are new.
-pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The operating system's.
+pub fn private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Puts a file of mode 0600 into place; a reader, and a restart after a power cut, sees the old one or this one.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+///
+/// # Errors
+/// The operating system's.
+pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or_else(|| Path::new("."));
     let mut new = path.as_os_str().to_owned();
     new.push(format!(".{:016x}.new", rand::random::<u64>()));
@@ -34,7 +40,10 @@ pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// The file's content, or `None` where there is none.
-pub(crate) fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
+///
+/// # Errors
+/// The operating system's.
+pub fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -1,7 +1,7 @@
 //! Who somebody is, and what they may do: a certificate authority of our own, certificates, tokens, TLS, roles.
 //!
 //! One authority a cluster, kept by the coordinator ([`authority`]). Hosts and people hold a [`Credentials`] file. [`tls`] makes
-//! connections on which both sides know each other, [`gate`] compares each verb with who asks. Deliberately absent: what a verb
+//! connections on which both sides know each other, [`gate`] compares each verb with who asks, [`edges`] makes the secrets by which hosts read from each other. Deliberately absent: what a verb
 //! does, and whether a host may speak for itself (the services' business); revocation, because certificates are short-lived.
 
 #![forbid(unsafe_code)]
@@ -9,7 +9,8 @@
 pub mod authority;
 mod credentials;
 mod der;
-mod files;
+pub mod edges;
+pub mod files;
 pub mod gate;
 pub mod tls;
 pub mod token;

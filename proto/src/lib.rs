@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod secret;
 
 pub use convert::{
     InvalidMessage, MAX_LABEL_BYTES, MAX_LABELS, MAX_PARENTS, MAX_STRIPES, endpoint, image_id,

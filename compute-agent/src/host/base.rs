@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
-use treeboot_types::{Digest, Epoch, ImageId, Placement, VmName};
+use treeboot_types::{Digest, Epoch, ImageId, Iqn, Placement, VmName};
 
 use super::view::{Readiness, endpoint};
 use super::{HostError, Shared};
@@ -315,6 +315,7 @@ impl BaseOwner {
                 keep_cache,
             }])
             .await?;
+        self.shared.settings.keys.detached(&Iqn::of_image(image)).await;
         self.shared.board.forget(image);
         self.pauses.remove(image);
         self.unregistered.retain(|other| other != image);

@@ -30,6 +30,7 @@ use treeboot_types::{
 use crate::apply::{Applier, ReachError};
 use crate::desired::{Desired, VmState};
 use crate::journal::Journal;
+use crate::keys::Keys;
 use crate::link::{Identity, Link, LinkEvent};
 use crate::plane::{Plane, Scope};
 use crate::stack::{Content, Obstacle};
@@ -63,6 +64,8 @@ pub struct Settings {
     pub coordinator: String,
     /// How the coordinator is reached.
     pub dialer: treeboot_identity::tls::Dialer,
+    /// The secrets of iSCSI.
+    pub keys: Arc<Keys>,
     /// `host:port` of the Agent service, as others reach it.
     pub agent_address: String,
     /// Where it stands.
@@ -182,6 +185,7 @@ impl Host {
         let (link, events) = Link::start(
             &settings.coordinator,
             &settings.dialer,
+            Arc::clone(&settings.keys),
             identity,
             view,
             stop.clone(),
@@ -209,6 +213,8 @@ impl Host {
         host.shared
             .tasks
             .spawn(async move { router.route(events, refused).await });
+        let rekeyed = host.clone();
+        host.shared.tasks.spawn(async move { rekeyed.rekey().await });
         let prober = host.clone();
         host.shared.tasks.spawn(async move { prober.probe().await });
         Ok((host, refusal))
@@ -240,6 +246,31 @@ impl Host {
         };
         self.shared.info.lock().runs_vms = runs_vms;
         self.shared.board.changed.notify_one();
+    }
+
+    /// Has the plane use the secrets of the moment, now and at each change.
+    async fn rekey(&self) {
+        if !self.shared.settings.keys.is_secure() {
+            return;
+        }
+        let stop = self.shared.stop.clone();
+        let mut changes = self.shared.settings.keys.changes();
+        loop {
+            changes.mark_unchanged();
+            if let Err(error) = self.plane().rekey().await {
+                tracing::error!(error = %chain(&error), "not all of iSCSI uses the new secrets");
+            }
+            // Children whose secrets were not known may come now.
+            let bases: Vec<_> = self.shared.bases.lock().values().cloned().collect();
+            for base in bases {
+                let (reply, _) = oneshot::channel();
+                let _ = base.send(BaseMsg::Changed { reply }).await;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+            }
+        }
     }
 
     async fn route(&self, mut events: mpsc::Receiver<LinkEvent>, refused: oneshot::Sender<Refused>) {

@@ -1,5 +1,6 @@
 //! The heartbeat stream.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -12,6 +13,8 @@ use treeboot_proto::v1::coordinator_client::CoordinatorClient;
 use treeboot_proto::v1::push::Push;
 
 use crate::identity::reason;
+
+use crate::keys::Keys;
 
 use super::{Identity, LinkEvent, Stream};
 
@@ -40,6 +43,7 @@ pub(super) struct Heart<V> {
     pub(super) client: CoordinatorClient<Channel>,
     pub(super) address: String,
     pub(super) identity: Identity,
+    pub(super) keys: Arc<Keys>,
     pub(super) view: V,
     pub(super) state: watch::Sender<Stream>,
     pub(super) events: mpsc::Sender<LinkEvent>,
@@ -176,6 +180,7 @@ impl<V: HostView> Heart<V> {
             match push {
                 Some(Push::Welcome(welcome)) => {
                     *welcomed = true;
+                    self.keys.welcomed(&welcome).await;
                     beat_every = Duration::from_millis(welcome.beat_ms.clamp(BEAT_MS.0, BEAT_MS.1));
                     // Each beat is acknowledged: three without one, and the coordinator or the way to it is gone.
                     silence = (beat_every * 3).max(Duration::from_secs(1));
@@ -193,10 +198,14 @@ impl<V: HostView> Heart<V> {
                         talk.complained_in = None;
                     }
                 }
-                Some(Push::Placement(placement)) => match (&placement).try_into() {
-                    Ok(placement) => self.tell(LinkEvent::Placed(Box::new(placement))).await,
-                    Err(error) => tracing::warn!(%error, "a placement that cannot be used"),
-                },
+                Some(Push::Placement(placement)) => {
+                    // Before anybody acts on the place.
+                    self.keys.placed(&placement).await;
+                    match (&placement).try_into() {
+                        Ok(placement) => self.tell(LinkEvent::Placed(Box::new(placement))).await,
+                        Err(error) => tracing::warn!(%error, "a placement that cannot be used"),
+                    }
+                }
                 Some(Push::SendState(_)) if !self.beat(talk, true) => {
                     return End::Lost("beats are not taken".into());
                 }

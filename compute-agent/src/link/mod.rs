@@ -5,6 +5,7 @@
 
 mod beat;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -14,6 +15,8 @@ use treeboot_identity::tls::Dialer;
 use treeboot_proto::v1;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
 use treeboot_types::{Endpoint, Epoch, HostName, Image, ImageId, ImageName, ImageRef, Placement};
+
+use crate::keys::Keys;
 
 pub use beat::HostView;
 
@@ -116,6 +119,7 @@ pub struct Link {
     client: CoordinatorClient<Channel>,
     address: String,
     identity: Identity,
+    keys: Arc<Keys>,
     stream: watch::Receiver<Stream>,
 }
 
@@ -127,6 +131,7 @@ impl Link {
     pub fn start(
         address: &str,
         dialer: &Dialer,
+        keys: Arc<Keys>,
         identity: Identity,
         view: impl HostView,
         stop: CancellationToken,
@@ -145,12 +150,14 @@ impl Link {
             client: client.clone(),
             address: address.to_owned(),
             identity: identity.clone(),
+            keys: Arc::clone(&keys),
             stream,
         };
         let heart = beat::Heart {
             client,
             address: address.to_owned(),
             identity,
+            keys,
             view,
             state,
             events,
@@ -184,6 +191,8 @@ impl Link {
         let mut client = self.client.clone();
         let response = self.call(client.join(request)).await?;
         let placement = response.placement.ok_or_else(|| self.invalid("no placement"))?;
+        // Before anybody acts on the place.
+        self.keys.placed(&placement).await;
         (&placement).try_into().map_err(|error| self.invalid(error))
     }
 

@@ -313,6 +313,11 @@ pub trait Plane: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// Takes the host's secrets as they are now, for sessions to come; those that stand go on.
+    fn rekey(&self) -> PlaneFuture<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// What parents did wrong since the last call.
     fn take_faults(&self) -> Vec<ParentFault>;
 

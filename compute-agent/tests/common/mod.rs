@@ -103,6 +103,7 @@ impl Played {
         };
         let children = self.parents.iter().filter(|(_, parent)| *parent == host);
         v1::Placement {
+            secrets: Vec::new(),
             image: Some(image.clone()),
             epoch: Some(v1::Epoch {
                 incarnation: 1,
@@ -252,6 +253,8 @@ impl Coordinator for Play {
                 }
                 if std::mem::take(&mut first) {
                     let welcome = v1::Welcome {
+                        export_key: None,
+                        secrets: Vec::new(),
                         epoch: Some(v1::Epoch {
                             incarnation: 1,
                             counter: play.counter,

@@ -70,6 +70,8 @@ pub(super) fn push(push: &Push) -> v1::Push {
             epoch: Some((*epoch).into()),
             beat_ms: *beat_ms,
             lease_ms: *lease_ms,
+            export_key: None,
+            secrets: Vec::new(),
         }),
         Push::Ack { sequence } => Message::Ack(v1::Ack { sequence: *sequence }),
         Push::Placement(placement) => Message::Placement(placement.as_ref().into()),

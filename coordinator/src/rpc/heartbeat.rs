@@ -9,7 +9,7 @@ use treeboot_identity::tls::Peer;
 use treeboot_proto::v1;
 
 use crate::owner::{CallError, Handle, OUTGOING};
-use crate::rpc::convert;
+use crate::rpc::{Edges, convert};
 use crate::tree::{Push, StreamId};
 
 type Sender = mpsc::Sender<Result<v1::Push, Status>>;
@@ -20,8 +20,9 @@ const IN_TRANSIT: usize = 4;
 pub(super) async fn open(
     owner: Handle,
     next: &AtomicU64,
-    stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
     peer: Peer,
+    edges: Edges,
     beats: Streaming<v1::Beat>,
 ) -> Result<ReceiverStream<Result<v1::Push, Status>>, CallError> {
     let stream = StreamId(next.fetch_add(1, Ordering::Relaxed));
@@ -29,60 +30,72 @@ pub(super) async fn open(
     owner.open(stream, pushes).await?;
     let (sender, receiver) = mpsc::channel(IN_TRANSIT);
     tokio::spawn(async move {
-        serve(&owner, stream, &peer, beats, queued, sender, stop).await;
+        let outward = forward(queued, sender.clone(), &peer, &edges, &owner);
+        let inward = take_in(beats, sender.clone(), stream, &peer, &edges, &owner);
+        tokio::select! {
+            () = inward => {}
+            () = outward => {}
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
         owner.closed(stream).await;
     });
     Ok(ReceiverStream::new(receiver))
 }
 
-/// Ends when either side does, when the owner closes the stream, or when the daemon stops.
-async fn serve(
-    owner: &Handle,
+/// Takes beats in until the host is gone or says what cannot be.
+async fn take_in(
+    mut beats: Streaming<v1::Beat>,
+    sender: Sender,
     stream: StreamId,
     peer: &Peer,
-    mut beats: Streaming<v1::Beat>,
-    queued: mpsc::Receiver<Push>,
-    sender: Sender,
-    mut stop: watch::Receiver<bool>,
+    edges: &Edges,
+    owner: &Handle,
 ) {
-    let inward = async {
-        while let Ok(Some(message)) = beats.message().await {
-            let beat = convert::beat(&message)
-                .map_err(|error| format!("the beat is not valid: {error}"))
-                .and_then(|beat| {
-                    super::own_name(peer, &beat.speaker.host)
-                        .map_err(|status| status.message().to_owned())?;
-                    Ok(beat)
-                });
-            match beat {
-                Ok(beat) => {
-                    if owner.beat(stream, beat).await.is_err() {
-                        return;
-                    }
+    while let Ok(Some(message)) = beats.message().await {
+        let beat = convert::beat(&message)
+            .map_err(|error| format!("the beat is not valid: {error}"))
+            .and_then(|beat| {
+                super::own_name(peer, &beat.speaker.host).map_err(|status| status.message().to_owned())?;
+                Ok(beat)
+            });
+        match beat {
+            Ok(beat) => {
+                if let Some(state) = &beat.state {
+                    edges.saw(&state.info);
                 }
-                Err(reason) => {
-                    tracing::warn!(stream = stream.0, "{reason}");
-                    let refused = v1::Push {
-                        push: Some(convert::refused(reason)),
-                    };
-                    // The host may be gone; the stream ends either way.
-                    let _ = sender.send(Ok(refused)).await;
+                if owner.beat(stream, beat).await.is_err() {
                     return;
                 }
             }
+            Err(reason) => {
+                tracing::warn!(stream = stream.0, "{reason}");
+                let refused = v1::Push {
+                    push: Some(convert::refused(reason)),
+                };
+                // The host may be gone; the stream ends either way.
+                let _ = sender.send(Ok(refused)).await;
+                return;
+            }
         }
-    };
-    let outward = forward(queued, sender.clone());
-    tokio::select! {
-        () = inward => {}
-        () = outward => {}
-        _ = stop.wait_for(|stop| *stop) => {}
     }
 }
 
-async fn forward(mut queued: mpsc::Receiver<Push>, sender: Sender) {
+async fn forward(
+    mut queued: mpsc::Receiver<Push>,
+    sender: Sender,
+    peer: &Peer,
+    edges: &Edges,
+    owner: &Handle,
+) {
+    use v1::push::Push as Message;
     while let Some(push) = queued.recv().await {
-        if sender.send(Ok(convert::push(&push))).await.is_err() {
+        let mut push = convert::push(&push);
+        match &mut push.push {
+            Some(Message::Welcome(welcome)) => edges.welcome(peer, owner, welcome).await,
+            Some(Message::Placement(placement)) => edges.fill(peer, owner, placement).await,
+            _ => {}
+        }
+        if sender.send(Ok(push)).await.is_err() {
             return;
         }
     }

@@ -1,6 +1,7 @@
 //! The gRPC service: messages become events, answers become messages, refusals become statuses. No decisions.
 
 mod convert;
+mod edges;
 mod heartbeat;
 
 use std::sync::Arc;
@@ -14,6 +15,8 @@ use treeboot_identity::tls::Peer;
 use treeboot_proto::v1::coordinator_server::Coordinator;
 use treeboot_proto::{InvalidMessage, endpoint, image_id, image_id_or_newest, new_image, v1};
 use treeboot_types::HostName;
+
+pub use edges::Edges;
 
 use crate::identity::{EnrollError, Registrar};
 use crate::owner::{CallError, Handle};
@@ -29,16 +32,18 @@ const MAX_SEARCH_LIMIT: usize = 1_024;
 pub struct CoordinatorService {
     owner: Handle,
     registrar: Registrar,
+    edges: Edges,
     next_stream: Arc<AtomicU64>,
     stop: watch::Receiver<bool>,
 }
 
 impl CoordinatorService {
     /// A service whose heartbeat streams end when `stop` says so.
-    pub fn new(owner: Handle, registrar: Registrar, stop: watch::Receiver<bool>) -> Self {
+    pub fn new(owner: Handle, registrar: Registrar, edges: Edges, stop: watch::Receiver<bool>) -> Self {
         Self {
             owner,
             registrar,
+            edges,
             next_stream: Arc::new(AtomicU64::new(1)),
             stop,
         }
@@ -127,9 +132,13 @@ impl Coordinator for CoordinatorService {
             endpoint: endpoint(request.endpoint.as_ref()).map_err(invalid)?,
         };
         match self.call(call).await? {
-            Answer::Joined(placement) => Ok(Response::new(v1::JoinResponse {
-                placement: Some((&placement).into()),
-            })),
+            Answer::Joined(placement) => {
+                let mut placement = v1::Placement::from(&placement);
+                self.edges.fill(&peer, &self.owner, &mut placement).await;
+                Ok(Response::new(v1::JoinResponse {
+                    placement: Some(placement),
+                }))
+            }
             _ => Err(mismatch()),
         }
     }
@@ -209,6 +218,7 @@ impl Coordinator for CoordinatorService {
             &self.next_stream,
             self.stop.clone(),
             peer(&request),
+            self.edges.clone(),
             request.into_inner(),
         );
         Ok(Response::new(pushes.await.map_err(status_of_call)?))

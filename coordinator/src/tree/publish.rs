@@ -107,6 +107,17 @@ impl Forest {
         }
     }
 
+    /// What a host was told last of every image that it is attached to.
+    pub fn placements_of(&self, host: &HostName) -> Vec<Placement> {
+        let attached = self
+            .images
+            .iter()
+            .filter(|(_, grove)| grove.places.contains_key(host));
+        attached
+            .filter_map(|(image, _)| self.placement(image, host))
+            .collect()
+    }
+
     /// What a host was told last of an image.
     pub(super) fn placement(&self, image: &ImageId, host: &HostName) -> Option<Placement> {
         let grove = self.images.get(image)?;

@@ -40,6 +40,8 @@ impl<'a> Admission<'a> {
             Access::Secret(chap) => (Some(Some(chap)), BTreeMap::new()),
             Access::Initiators(names) => (None, names.iter().map(|name| (name, None)).collect()),
             Access::Each(names) => (None, names.iter().map(|(n, c)| (n, c.as_ref())).collect()),
+            // The kernel asks nobody: it has to be told a list.
+            Access::Book(_) => (None, BTreeMap::new()),
         };
         Self { anyone, list }
     }
@@ -113,6 +115,32 @@ impl Lio {
             (true, true) => Outcome::Identity,
             (true, false) => Outcome::Changed,
         })
+    }
+
+    /// Gives whoever is on a target's list the secret that `access` has for it, while its session goes on: the secret counts from
+    /// its next login on. Who is not on the list yet is for [`ensure_target`](Self::ensure_target).
+    ///
+    /// # Errors
+    /// [`LioError::Stranger`], and what the kernel refuses.
+    pub fn change_secrets(&self, name: &Iqn, access: &Access) -> Result<(), LioError> {
+        let admission = Admission::of(access);
+        admission.check()?;
+        let target = self.target_path(name);
+        let group = target.join(GROUP);
+        if !group.is_dir() {
+            return Ok(());
+        }
+        self.refuse_stranger(&target)?;
+        if let Some(shared) = admission.anyone {
+            self.set_chap(&group.join("auth"), shared)?;
+        }
+        for (initiator, chap) in &admission.list {
+            let entry = group.join("acls").join(initiator.as_str());
+            if entry.is_dir() {
+                self.set_chap(&entry.join("auth"), *chap)?;
+            }
+        }
+        Ok(())
     }
 
     fn refuse_stranger(&self, target: &Path) -> Result<(), LioError> {

@@ -424,6 +424,8 @@ impl From<&Placement> for v1::Placement {
             epoch: Some(placement.epoch.into()),
             stripes: placement.stripes.iter().map(Into::into).collect(),
             children: placement.children.iter().map(Into::into).collect(),
+            // Whoever tells a host of its place adds them.
+            secrets: Vec::new(),
         }
     }
 }

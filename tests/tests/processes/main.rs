@@ -15,5 +15,6 @@ mod names;
 mod sectors;
 mod serve;
 mod strangers;
+mod strangers_iscsi;
 mod striped;
 mod support;

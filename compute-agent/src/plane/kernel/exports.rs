@@ -40,10 +40,26 @@ fn digest_of(name: &BackstoreName) -> Option<Digest> {
     digest.parse().ok()
 }
 
-fn initiators(access: &Access) -> target::Access {
+/// Who may log in. A host whose secret is not known yet is left out until it is.
+fn admitted(sys: &Sys, target: &Iqn, access: &Access) -> target::Access {
+    let keys = &sys.settings.keys;
     match access {
-        Access::Anyone => target::Access::Anyone,
-        Access::Hosts(hosts) => target::Access::Initiators(hosts.iter().map(Iqn::of_host).collect()),
+        Access::Anyone if !keys.is_secure() => target::Access::Anyone,
+        // LIO has one secret for everybody or none, so all readers of an origin share it.
+        Access::Anyone => match keys.readers(target) {
+            Some(chap) => target::Access::Secret(chap),
+            None => target::Access::Initiators(BTreeSet::new()),
+        },
+        Access::Hosts(hosts) if !keys.is_secure() => {
+            target::Access::Initiators(hosts.iter().map(Iqn::of_host).collect())
+        }
+        Access::Hosts(hosts) => {
+            let each = hosts.iter().map(Iqn::of_host).filter_map(|initiator| {
+                let chap = keys.child(&initiator, target)?;
+                Some((initiator, Some(chap)))
+            });
+            target::Access::Each(each.collect())
+        }
     }
 }
 
@@ -87,13 +103,18 @@ pub(super) fn export(
     ] {
         sys.lio.ensure_backstore(&wanted).map_err(lio_error)?;
     }
+    let name = Iqn::of_image(image);
     let export = Export {
-        name: Iqn::of_image(image),
+        access: admitted(sys, &name, access),
+        name,
         portals: sys.settings.portals.clone(),
         luns: vec![(DATA_LUN, data), (HASH_LUN, hash)],
-        access: initiators(access),
         writable: false,
     };
+    // A child that knew the secret of its day goes on.
+    sys.lio
+        .change_secrets(&export.name, &export.access)
+        .map_err(lio_error)?;
     sys.lio.ensure_target(&export).map(drop).map_err(lio_error)
 }
 

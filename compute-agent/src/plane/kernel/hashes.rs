@@ -13,7 +13,9 @@ use treeboot_iscsi::initiator::{Lun, PathGroup, PathGroupOptions, PathId, PathSp
 use treeboot_types::{Digest, Iqn, VERITY_BLOCK_BYTES};
 
 use super::{blocking, failed};
+use crate::keys::Keys;
 use crate::plane::PlaneError;
+use crate::plane::user::spec;
 use crate::stack::{PathTo, Sources};
 
 /// One read. Some targets split what is longer.
@@ -42,20 +44,21 @@ pub(super) async fn fetch(
     digest: Digest,
     bytes: u64,
     initiator: Iqn,
+    keys: &Keys,
     sources: &Sources,
 ) -> Result<u64, PlaneError> {
     let layout = VerityLayout::new(bytes);
     if whole(&file, layout, digest).await? {
         return Ok(0);
     }
-    let mut options = PathGroupOptions::new(initiator);
+    let mut options = PathGroupOptions::new(initiator.clone());
     options.limits.wait_ms = WAIT_MS;
     let group = PathGroup::new(options);
     let stripes = &sources.stripes;
     let specs = |paths: fn(&crate::stack::StripePaths) -> &Vec<PathTo>| -> Vec<PathSpec> {
         let mut specs: Vec<PathSpec> = Vec::new();
         for path in stripes.iter().flat_map(paths) {
-            let spec = spec(path);
+            let spec = spec(path, &initiator, keys);
             // Only ours have a hash tree, and the same parent may have several stripes.
             if path.endpoint.hash_lun.is_some() && !specs.contains(&spec) {
                 specs.push(spec);
@@ -96,21 +99,6 @@ pub(super) async fn fetch(
         ),
         why: "it does not lead to the content's digest".into(),
     })
-}
-
-fn spec(path: &PathTo) -> PathSpec {
-    let portal = path.endpoint.portal.to_string();
-    PathSpec {
-        label: path
-            .host
-            .as_ref()
-            .map_or_else(|| portal.clone(), ToString::to_string),
-        portal,
-        target: path.endpoint.target.clone(),
-        data_lun: path.endpoint.data_lun,
-        hash_lun: path.endpoint.hash_lun,
-        chap: None,
-    }
 }
 
 /// The whole hash device, and who sent each piece.

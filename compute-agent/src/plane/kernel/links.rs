@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use treeboot_dm::DeviceNumber;
 use treeboot_iscsi::open_iscsi::{Endpoint, OpenIscsiError, SessionState};
-use treeboot_types::Portal;
+use treeboot_types::{HostName, Portal};
 
 use super::failed;
 use super::record::SessionKey;
@@ -67,13 +67,19 @@ pub(super) fn look(sys: &Sys) -> Result<HashMap<SessionKey, Link>, PlaneError> {
 const ACCEPTS_WITHIN: Duration = Duration::from_secs(1);
 
 /// Makes a session and waits for the LUN's disk.
-pub(super) fn log_in(sys: &Sys, key: &SessionKey, lun: u16) -> Result<(), PlaneError> {
+pub(super) fn log_in(
+    sys: &Sys,
+    key: &SessionKey,
+    parent: Option<&HostName>,
+    lun: u16,
+) -> Result<(), PlaneError> {
     // iscsid waits many seconds for a portal that is not there, and for as long nothing else can be tried. A parent that is only about to
     // export is there in a moment.
     TcpStream::connect_timeout(&key.portal, ACCEPTS_WITHIN)
         .map(drop)
         .map_err(|error| failed(format!("no portal at {}", key.portal), error))?;
-    let session = sys.iscsi.login(&endpoint(key), None, &[lun]);
+    let chap = sys.settings.keys.parent(&sys.initiator, parent, &key.target);
+    let session = sys.iscsi.login(&endpoint(key), chap.as_ref(), &[lun]);
     session.map(drop).map_err(error)
 }
 

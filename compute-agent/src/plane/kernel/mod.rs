@@ -44,6 +44,7 @@ use super::{
     Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
     Scope, Trouble,
 };
+use crate::keys::Keys;
 use crate::stack::{Backing, Found, Step};
 use disks::Growth;
 use feed::Feed;
@@ -88,6 +89,8 @@ pub struct KernelSettings {
     pub portals: Vec<SocketAddr>,
     /// The host or address by which others reach the first portal, where it is not the one listened on.
     pub advertise: Option<String>,
+    /// Secrets of parents and children.
+    pub keys: Arc<Keys>,
     /// By how many bytes a delta's file grows; `None`: it has its full size, sparse, from the beginning.
     pub delta_step: Option<u64>,
     /// Unit of copying of disks in bytes: a power of two from 4096.
@@ -419,6 +422,11 @@ impl Plane for KernelPlane {
                 why,
             })
             .collect()
+    }
+
+    fn rekey(&self) -> PlaneFuture<'_, ()> {
+        // Sessions with parents are made with the secrets of the moment.
+        Box::pin(self.rekey_exports())
     }
 
     fn take_faults(&self) -> Vec<ParentFault> {

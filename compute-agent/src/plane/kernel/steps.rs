@@ -89,7 +89,8 @@ impl KernelPlane {
             (Backing::Adopted, Some(_)) => {}
             (Backing::Cache, Some(feed)) => {
                 let (initiator, sources) = (self.sys.initiator.clone(), feed.sources());
-                hashes::fetch(file, digest, content.bytes, initiator, &sources).await?;
+                let keys = Arc::clone(&self.sys.settings.keys);
+                hashes::fetch(file, digest, content.bytes, initiator, &keys, &sources).await?;
             }
         }
         // Nothing changes the paths while what stands on them is built.
@@ -243,6 +244,25 @@ impl KernelPlane {
             Some(export) => self.export(step, image, export.digest, access).await,
             None => Err(missing(step, image, "the export").into()),
         }
+    }
+
+    /// Gives every export the secrets of the moment.
+    pub(super) async fn rekey_exports(&self) -> Result<(), PlaneError> {
+        let found = self.look(Scope::All).await?;
+        let sys = Arc::clone(&self.sys);
+        within("changing secrets", move || {
+            for (image, export) in &found.exports {
+                if let Some(base) = found.bases.get(&export.digest) {
+                    let base = BaseRecord {
+                        content: base.content,
+                        backing: base.backing,
+                    };
+                    exports::export(&sys, &base, image, &export.access)?;
+                }
+            }
+            Ok(())
+        })
+        .await
     }
 
     async fn create_delta(&self, step: &Step, vm: &VmName, disk: WantedDisk) -> Result<(), PlaneError> {

@@ -1,14 +1,17 @@
 //! What this host exports to its children: bases as targets, who may use them, and in which state they are.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use treeboot_block::Reader;
+use treeboot_iscsi::login::Chap;
 use treeboot_iscsi::scsi::AccessState;
 use treeboot_iscsi::scsi::alua::PortGroup;
-use treeboot_iscsi::target::{self, LunSpec, TargetOptions, TargetSpec};
+use treeboot_iscsi::target::{self, Book, Doorkeeper, LunSpec, TargetOptions, TargetSpec};
 use treeboot_types::{DATA_LUN, Digest, HASH_LUN, ImageId, Iqn};
 
 use super::{DRAIN, UserPlane, differs, failed, missing};
+use crate::keys::Keys;
 use crate::plane::PlaneError;
 use crate::stack::{Access, FoundExport, Step};
 
@@ -46,7 +49,7 @@ impl UserPlane {
                 lun(DATA_LUN, base.cache.base(Reader::Child), ident),
                 lun(HASH_LUN, base.cache.hash_device(), hash_ident),
             ],
-            access: initiators(access),
+            access: self.admitted(image, access),
         };
         let options = TargetOptions {
             port_group: self.port_group(),
@@ -60,7 +63,7 @@ impl UserPlane {
         match self.server.add_target_with(spec, options) {
             Ok(()) => {}
             Err(target::AddTargetError::Exists(_)) => {
-                self.server.set_access(&name, initiators(access));
+                self.server.set_access(&name, self.admitted(image, access));
             }
             Err(source) => return Err(failed(format!("exporting {image}"), source)),
         }
@@ -111,8 +114,24 @@ impl UserPlane {
         }
     }
 
+    fn admitted(&self, image: &ImageId, access: &Access) -> target::Access {
+        let listed = match access {
+            Access::Anyone => None,
+            Access::Hosts(hosts) => Some(hosts.iter().map(Iqn::of_host).collect()),
+        };
+        if self.settings.keys.is_secure() {
+            return target::Access::Book(Book(Arc::new(Children {
+                keys: Arc::clone(&self.settings.keys),
+                target: Iqn::of_image(image),
+                listed,
+            })));
+        }
+        listed.map_or(target::Access::Anyone, target::Access::Initiators)
+    }
+
     pub(super) fn set_access(&self, step: &Step, image: &ImageId, access: &Access) -> Result<(), PlaneError> {
-        if !self.server.set_access(&Iqn::of_image(image), initiators(access)) {
+        let admitted = self.admitted(image, access);
+        if !self.server.set_access(&Iqn::of_image(image), admitted) {
             return Err(missing(step, image, "the export").into());
         }
         if let Some(export) = self.state.lock().exports.get_mut(image) {
@@ -122,9 +141,20 @@ impl UserPlane {
     }
 }
 
-fn initiators(access: &Access) -> target::Access {
-    match access {
-        Access::Anyone => target::Access::Anyone,
-        Access::Hosts(hosts) => target::Access::Initiators(hosts.iter().map(Iqn::of_host).collect()),
+/// Children of one export: which may come, and what each proves itself by.
+struct Children {
+    keys: Arc<Keys>,
+    target: Iqn,
+    /// `None`: every host of the cluster.
+    listed: Option<BTreeSet<Iqn>>,
+}
+
+impl Doorkeeper for Children {
+    fn asks(&self, initiator: &Iqn) -> Option<Chap> {
+        let listed = self.listed.as_ref();
+        if listed.is_some_and(|listed| !listed.contains(initiator)) {
+            return None;
+        }
+        self.keys.child(initiator, &self.target)
     }
 }

@@ -29,9 +29,12 @@ use treeboot_iscsi::target::{self, BindError, LunSpec, Server, ServerConfig, Tar
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
 
 use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
+use crate::keys::Keys;
 use crate::stack::{Backing, Content, Found, FoundExport, Sources, Step, Violation, WantedDisk};
 use files::{blocking, gone, open_cache, remove_dir};
 use source::StripedSource;
+#[cfg(feature = "kernel-plane")]
+pub(in crate::plane) use source::spec;
 
 /// How long initiators of a target that goes may take to log out by themselves.
 const DRAIN: Duration = Duration::from_millis(200);
@@ -57,6 +60,8 @@ pub struct UserSettings {
     pub portals: Vec<SocketAddr>,
     /// The host or address by which others reach the first portal, where it is not the one listened on.
     pub advertise: Option<String>,
+    /// Secrets of parents, children and disks.
+    pub keys: Arc<Keys>,
 }
 
 /// Why the plane does not start.
@@ -173,10 +178,11 @@ impl UserPlane {
         let source = {
             let mut state = self.state.lock();
             let initiator = Iqn::of_host(&self.settings.host);
+            let keys = Arc::clone(&self.settings.keys);
             let source = state
                 .paths
                 .entry(digest)
-                .or_insert_with(|| Arc::new(StripedSource::new(digest, initiator)));
+                .or_insert_with(|| Arc::new(StripedSource::new(digest, initiator, keys)));
             Arc::clone(source)
         };
         source.set(sources);
@@ -499,6 +505,15 @@ impl Plane for UserPlane {
         self.base(digest)
             .map(|base| base.cache.access_map())
             .unwrap_or_default()
+    }
+
+    fn rekey(&self) -> PlaneFuture<'_, ()> {
+        // Exports look their children's secrets up at each login.
+        let sources: Vec<_> = self.state.lock().paths.values().cloned().collect();
+        for source in sources {
+            source.set(&source.sources());
+        }
+        Box::pin(async { Ok(()) })
     }
 
     fn take_faults(&self) -> Vec<ParentFault> {

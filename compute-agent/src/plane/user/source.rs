@@ -14,6 +14,7 @@ use treeboot_iscsi::initiator::{
 };
 use treeboot_types::{Digest, HostName, Iqn};
 
+use crate::keys::Keys;
 use crate::plane::{Fault, ParentFault, PathStats};
 use crate::stack::{PathTo, Sources, StripePaths};
 
@@ -36,6 +37,9 @@ struct Stripe {
 pub(super) struct StripedSource {
     digest: Digest,
     initiator: Iqn,
+    keys: Arc<Keys>,
+    /// One change of paths at a time: what is read of the old ones must be of the last.
+    change: Mutex<()>,
     stripes: RwLock<Arc<Stripes>>,
     /// Bytes of groups that are gone.
     past: Mutex<Totals>,
@@ -62,10 +66,12 @@ struct Down {
 }
 
 impl StripedSource {
-    pub(super) fn new(digest: Digest, initiator: Iqn) -> Self {
+    pub(super) fn new(digest: Digest, initiator: Iqn, keys: Arc<Keys>) -> Self {
         Self {
             digest,
             initiator,
+            keys,
+            change: Mutex::default(),
             stripes: RwLock::new(Arc::new(Stripes {
                 unit_bytes: 1,
                 stripes: Vec::new(),
@@ -84,6 +90,7 @@ impl StripedSource {
 
     /// Takes new paths; those that stay keep their sessions. Waits for none.
     pub(super) fn set(&self, sources: &Sources) {
+        let _one = self.change.lock();
         let old = Arc::clone(&self.stripes.read());
         let same_shape = old.stripes.len() == sources.stripes.len()
             && old
@@ -99,6 +106,7 @@ impl StripedSource {
                     ..PathGroupOptions::new(self.initiator.clone())
                 }),
             };
+            let spec = |path: &PathTo| spec(path, &self.initiator, &self.keys);
             let specs = |paths: &[PathTo]| paths.iter().map(spec).collect();
             group.set_paths(specs(&paths.active), specs(&paths.fallbacks));
             Stripe {
@@ -286,7 +294,7 @@ fn unavailable(error: &ReadError) -> FetchError {
     }
 }
 
-fn spec(path: &PathTo) -> PathSpec {
+pub(in crate::plane) fn spec(path: &PathTo, initiator: &Iqn, keys: &Keys) -> PathSpec {
     let portal = path.endpoint.portal.to_string();
     PathSpec {
         label: path
@@ -297,7 +305,7 @@ fn spec(path: &PathTo) -> PathSpec {
         target: path.endpoint.target.clone(),
         data_lun: path.endpoint.data_lun,
         hash_lun: path.endpoint.hash_lun,
-        chap: None,
+        chap: keys.parent(initiator, path.host.as_ref(), &path.endpoint.target),
     }
 }
 

@@ -111,6 +111,7 @@ fn plane(dir: &Path) -> Arc<UserPlane> {
         store: None,
         portals: vec![LOOPBACK],
         advertise: None,
+        keys: Arc::new(crate::keys::Keys::none()),
     };
     Arc::new(UserPlane::open(settings).unwrap())
 }

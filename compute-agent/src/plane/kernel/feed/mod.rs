@@ -398,6 +398,7 @@ impl Feed {
             };
             let feed = Arc::downgrade(self);
             let (sys, digest) = (Arc::clone(&self.sys), self.digest);
+            let parent = path.host.clone();
             tokio::spawn(async move {
                 let (asked, of) = (key.clone(), digest);
                 let done = within(format!("logging in to {}", key.portal), move || {
@@ -405,7 +406,7 @@ impl Feed {
                     sys.records
                         .update(&of, |record| record.sessions.insert(asked.clone()))
                         .map_err(record_error)?;
-                    links::log_in(&sys, &asked, lun)
+                    links::log_in(&sys, &asked, parent.as_ref(), lun)
                 })
                 .await;
                 let Some(feed) = feed.upgrade() else { return };

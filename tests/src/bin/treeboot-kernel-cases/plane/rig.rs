@@ -172,6 +172,7 @@ pub(crate) fn settings(dir: &Path, setup: &Setup) -> KernelSettings {
         store: None,
         portals: vec![PORTAL.parse().expect("an address")],
         advertise: None,
+        keys: std::sync::Arc::new(treeboot_agent::keys::Keys::none()),
         delta_step: setup.delta_step,
         delta_chunk_bytes: DELTA_CHUNK_BYTES,
         queue_limit: Duration::from_secs(20),
