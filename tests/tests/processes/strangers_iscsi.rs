@@ -26,7 +26,7 @@ const SOON: Duration = Duration::from_secs(60);
 fn chain(hosts: usize) -> Plan {
     Plan {
         hosts,
-        fan_out: 1,
+        fan_out: Some(1),
         secure: true,
         coordinator_args: ["--policy", "k-ary"].map(Into::into).to_vec(),
         ..Plan::default()
