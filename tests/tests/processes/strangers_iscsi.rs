@@ -28,7 +28,6 @@ fn chain(hosts: usize) -> Plan {
         hosts,
         fan_out: Some(1),
         secure: true,
-        coordinator_args: ["--policy", "k-ary"].map(Into::into).to_vec(),
         ..Plan::default()
     }
 }
