@@ -11,12 +11,14 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::transport::Server;
+use tonic::service::Routes;
+use treeboot_daemon::http::{self, FaceError, Vitals};
 use treeboot_identity::gate::Gate;
-use treeboot_identity::tls::{Acceptance, Dialer, Incoming, SetupError};
+use treeboot_identity::tls::{Acceptance, Connection, Dialer, Incoming, SetupError};
 use treeboot_types::{HostName, Labels};
 
 use crate::choice::{self, Places, PlaneOpenError, PlaneOptions};
+use crate::face::Life;
 use crate::host::{Host, HostError, Refused, Settings};
 use crate::identity::{self, IdentityError, IdentityOptions};
 use crate::journal::{Journal, JournalError};
@@ -178,6 +180,9 @@ pub enum DaemonError {
     /// The coordinator does not let it in.
     #[error(transparent)]
     Refused(#[from] Refused),
+    /// The HTTP face: a bug of ours.
+    #[error(transparent)]
+    Face(#[from] FaceError),
     /// The server ended by itself.
     #[error("the gRPC server ended")]
     Serve(#[source] tonic::transport::Error),
@@ -285,18 +290,18 @@ impl Daemon {
             weight: options.weight,
         };
         let (host, refused) = Host::start(settings, plane, journal).await?;
-        let (stop, mut stopped) = watch::channel(false);
+        let (stop, stopped) = watch::channel(false);
         let renewal = CancellationToken::new();
         if let Some(own) = own {
             tokio::spawn(own.keep_new(dialer, coordinator, renewal.clone()));
         }
-        let server = Server::builder()
-            .layer(Gate::new(authority))
-            .add_service(rpc::server(host.clone()))
-            .serve_with_incoming_shutdown(Incoming::new(listener, acceptance), async move {
-                // The sender's end is the daemon's.
-                let _ = stopped.wait_for(|stop| *stop).await;
-            });
+        let face = crate::face::face(authority.is_none());
+        let life: Arc<dyn Vitals> = Arc::new(Life(host.clone()));
+        let own = Routes::new(rpc::server(host.clone()));
+        let services = http::services(&face, own, &life, stopped.clone())?;
+        let router = http::router(&face, life, Gate::new(authority).over(services))?;
+        let incoming = Incoming::new(listener, acceptance);
+        let server = http::serve(incoming, Connection::is_http2, router, None, stopped);
         let daemon = Self {
             address,
             portal,

@@ -1,7 +1,8 @@
 //! The daemon on every host: attaches images, caches them, gives VMs their disks and re-exports.
 //!
 //! `stack` plans (pure), `journal` remembers, `plane` carries out, `host` owns (one task a content, one a VM), `link` is the
-//! way to the coordinator, `store` holds an origin's images, `rpc` is the `Agent` service.
+//! way to the coordinator, `store` holds an origin's images, `rpc` is the `Agent` service,
+//! `face` what is seen over HTTP.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +13,7 @@ pub mod conformance;
 pub mod daemon;
 pub mod desired;
 pub mod doctor;
+mod face;
 pub mod host;
 pub mod identity;
 pub mod journal;

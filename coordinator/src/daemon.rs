@@ -4,16 +4,18 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tonic::transport::Server;
-use treeboot_identity::tls::Incoming;
+use tonic::service::Routes;
+use treeboot_daemon::http::{self, FaceError, Vitals};
+use treeboot_identity::tls::{Connection, Incoming};
 use treeboot_proto::v1::coordinator_server::CoordinatorServer;
 use treeboot_types::PathPolicy;
 
+use crate::face::Life;
 use crate::identity::{Security, SecurityError, parse_life};
 use crate::owner::{self, Health};
 use crate::rpc::CoordinatorService;
@@ -193,6 +195,9 @@ pub enum DaemonError {
         #[source]
         source: io::Error,
     },
+    /// The HTTP face: a bug of ours.
+    #[error(transparent)]
+    Face(#[from] FaceError),
     /// The server ended by itself.
     #[error("the gRPC server ended")]
     Serve(#[source] tonic::transport::Error),
@@ -368,16 +373,14 @@ impl Daemon {
         let (handle, owner) = owner::spawn(forest, store, stopped.clone());
         let health = handle.health();
         security.keep_new(stopped.clone());
+        let face = crate::face::face(security.is_none());
+        let life: Arc<dyn Vitals> = Arc::new(Life::new(handle.clone(), Instant::now()));
         let service = CoordinatorService::new(handle, security.registrar, security.edges, stopped.clone());
         let service = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let mut on_stop = stopped;
-        let server = Server::builder()
-            .http2_keepalive_interval(Some(KEEPALIVE))
-            .layer(security.gate)
-            .add_service(service)
-            .serve_with_incoming_shutdown(Incoming::new(listener, security.acceptance), async move {
-                let _ = on_stop.wait_for(|stop| *stop).await;
-            });
+        let services = http::services(&face, Routes::new(service), &life, stopped.clone())?;
+        let router = http::router(&face, life, security.gate.over(services))?;
+        let incoming = Incoming::new(listener, security.acceptance);
+        let server = http::serve(incoming, Connection::is_http2, router, Some(KEEPALIVE), stopped);
         Ok(Self {
             address,
             health,

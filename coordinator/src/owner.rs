@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use treeboot_types::Tick;
 
+use crate::figures::Figures;
 use crate::note;
 use crate::store::{Store, StoreError};
 use crate::tree::{Answer, Beat, Call, CallId, Change, Effect, Event, Forest, Key, Push, Refusal, StreamId};
@@ -62,6 +63,7 @@ enum Request {
 pub struct Handle {
     requests: mpsc::Sender<Request>,
     health: watch::Receiver<Health>,
+    figures: Arc<Figures>,
 }
 
 impl std::fmt::Debug for Request {
@@ -117,6 +119,17 @@ impl Handle {
         self.health.clone()
     }
 
+    /// What the owner counts.
+    pub(crate) fn figures(&self) -> &Figures {
+        &self.figures
+    }
+
+    /// Requests that wait, and how many may.
+    pub(crate) fn queue(&self) -> (usize, usize) {
+        let room = self.requests.max_capacity();
+        (room - self.requests.capacity(), room)
+    }
+
     pub(crate) async fn open(&self, stream: StreamId, pushes: mpsc::Sender<Push>) -> Result<(), CallError> {
         let request = Request::Open(stream, pushes);
         self.requests.send(request).await.map_err(|_| CallError::Stopping)
@@ -141,6 +154,7 @@ pub fn spawn(
 ) -> (Handle, tokio::task::JoinHandle<()>) {
     let (requests, queue) = mpsc::channel(QUEUE);
     let (told, health) = watch::channel(Health::default());
+    let figures = Arc::new(Figures::default());
     let owner = Owner {
         forest,
         store,
@@ -152,9 +166,15 @@ pub fn spawn(
         held: Vec::new(),
         not_saved: None,
         health: told,
+        figures: Arc::clone(&figures),
     };
     let task = tokio::spawn(owner.run(queue, stop));
-    (Handle { requests, health }, task)
+    let handle = Handle {
+        requests,
+        health,
+        figures,
+    };
+    (handle, task)
 }
 
 struct Owner {
@@ -171,6 +191,7 @@ struct Owner {
     /// Why the newest attempt to make them durable failed.
     not_saved: Option<String>,
     health: watch::Sender<Health>,
+    figures: Arc<Figures>,
 }
 
 impl Owner {
@@ -213,6 +234,7 @@ impl Owner {
             }
             // A stream that was closed from here may still have had beats on their way.
             Request::Beat(stream, beat) if self.streams.contains_key(&stream) => {
+                self.figures.beats.add(1);
                 self.step(Event::Beat(stream, beat));
             }
             Request::Beat(..) => {}
@@ -223,6 +245,7 @@ impl Owner {
             Request::Call(call, reply) => {
                 let id = CallId(self.next_call);
                 self.next_call += 1;
+                self.figures.calls.add(1);
                 self.calls.insert(id, reply);
                 self.step(Event::Call(id, call));
             }
@@ -239,7 +262,10 @@ impl Owner {
                 Effect::Save(change) => {
                     self.unsaved.insert(change.key().clone(), change);
                 }
-                Effect::Note(note) => note::log(&note),
+                Effect::Note(note) => {
+                    self.figures.note(&note);
+                    note::log(&note);
+                }
                 other => self.held.push(other),
             }
         }
@@ -308,7 +334,9 @@ impl Owner {
     async fn save(&mut self) -> Result<(), StoreError> {
         let changes: Vec<Change> = self.unsaved.values().cloned().collect();
         let store = Arc::clone(&self.store);
+        let began = Instant::now();
         let saved = tokio::task::spawn_blocking(move || store.apply(&changes)).await;
+        self.figures.write(began.elapsed(), !matches!(saved, Ok(Ok(()))));
         match saved {
             Ok(result) => result?,
             Err(error) => {
@@ -333,7 +361,9 @@ impl Owner {
         let Some(pushes) = self.streams.get(&stream) else {
             return;
         };
+        self.figures.push(&push);
         if pushes.try_send(push).is_err() {
+            self.figures.slow_hosts.add(1);
             tracing::warn!(
                 stream = stream.0,
                 "a host does not read what it is sent and is disconnected"

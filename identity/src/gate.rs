@@ -61,6 +61,21 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/DropImage", Need::Person(Role::Admin)),
 ];
 
+/// What is no verb of ours. Health says no more than a reason in a sentence; the others tell what there is.
+const BESIDE: &[(&str, Need)] = &[
+    ("/grpc.health.v1.Health/Check", Need::Nothing),
+    ("/grpc.health.v1.Health/Watch", Need::Nothing),
+    (
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        Need::Person(Role::Viewer),
+    ),
+    (
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        Need::Person(Role::Viewer),
+    ),
+    ("/metrics", Need::Person(Role::Viewer)),
+];
+
 /// The package of the services.
 const PACKAGE: &str = "/treeboot.v1.";
 
@@ -70,6 +85,7 @@ pub fn need(path: &str) -> Need {
     let verb = path.strip_prefix(PACKAGE).unwrap_or(path);
     TABLE
         .iter()
+        .chain(BESIDE)
         .find(|(name, _)| *name == verb)
         .map_or(Need::Person(Role::Admin), |(_, need)| *need)
 }
@@ -108,6 +124,11 @@ impl Gate {
         Self {
             authority: authority.map(Arc::new),
         }
+    }
+
+    /// `inner`, behind this gate.
+    pub fn over<S>(&self, inner: S) -> Gated<S> {
+        self.layer(inner)
     }
 
     fn judge(&self, path: &str, peer: Option<&Peer>, headers: &HeaderMap) -> Result<(), Status> {

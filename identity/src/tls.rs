@@ -51,6 +51,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const MAX_LIFE: Duration = Duration::from_secs(365 * 86_400);
 /// What HTTP/2 is called in the handshake (RFC 9113 §3.1).
 const ALPN: &[u8] = b"h2";
+/// What HTTP/1.1 is called there (RFC 7301 §6), for those who speak no gRPC.
+const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// Something about a configuration that cannot be: an algorithm that our own provider lacks.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +100,7 @@ fn server_config(holder: &Holder) -> Result<ServerConfig, SetupError> {
         .map_err(|error| setup(&error))?
         .with_client_cert_verifier(clients)
         .with_cert_resolver(Arc::new(holder.clone()));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![ALPN.to_vec(), ALPN_HTTP1.to_vec()];
     // A resumed session is not checked for its certificate's end.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -273,6 +275,17 @@ pub struct Connection {
     peer: Peer,
     /// When the peer's certificate ends, and the connection with it.
     end: Option<Pin<Box<Sleep>>>,
+}
+
+impl Connection {
+    /// Whether both ends agreed in their handshake to speak HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        match &self.stream {
+            Transport::Plain(_) => false,
+            Transport::Server(stream) => stream.get_ref().1.alpn_protocol() == Some(ALPN),
+            Transport::Client(stream) => stream.get_ref().1.alpn_protocol() == Some(ALPN),
+        }
+    }
 }
 
 impl Connected for Connection {

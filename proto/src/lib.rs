@@ -12,6 +12,9 @@ pub use convert::{
     image_id_or_newest, instance, labels, new_image,
 };
 
+/// The descriptors of all messages and services with their comments: an encoded `FileDescriptorSet`.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
 /// The generated messages and services of `treeboot.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod v1 {

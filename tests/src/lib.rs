@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod daemon;
 pub mod fleet;
 pub mod guest;
+pub mod http;
 pub mod image;
 pub mod lab;
 pub mod measure;

@@ -540,6 +540,16 @@ impl Host {
         self.shared.link.connected()
     }
 
+    /// Why the journal cannot be written, if the newest attempt failed and one of this moment fails too.
+    pub async fn journal_problem(&self) -> Option<String> {
+        self.shared.journal().problem().await
+    }
+
+    /// Writes of the journal that failed, since the start.
+    pub fn journal_errors(&self) -> u64 {
+        self.shared.journal().errors()
+    }
+
     /// Since the host started.
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()

@@ -101,11 +101,21 @@ struct Entry {
     done: oneshot::Sender<Result<(), JournalError>>,
 }
 
+/// How writing went so far.
+#[derive(Debug, Default)]
+struct Trouble {
+    /// Attempts that failed.
+    errors: u64,
+    /// Why the newest one did.
+    now: Option<String>,
+}
+
 /// The open journal. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Journal {
     entries: mpsc::Sender<Entry>,
     desired: watch::Receiver<Arc<Desired>>,
+    trouble: watch::Receiver<Trouble>,
     next_intent: Arc<std::sync::atomic::AtomicU64>,
 }
 
@@ -129,11 +139,13 @@ impl Journal {
         let file = rewrite(dir, &desired)?;
         let (entries, inbox) = mpsc::channel(QUEUE);
         let (published, watched) = watch::channel(Arc::new(desired));
+        let (told, trouble) = watch::channel(Trouble::default());
         let writer = Writer {
             dir: dir.to_owned(),
             path,
             file,
             published,
+            trouble: told,
         };
         std::thread::Builder::new()
             .name("journal".into())
@@ -146,6 +158,7 @@ impl Journal {
         let journal = Self {
             entries,
             desired: watched,
+            trouble,
             next_intent: Arc::default(),
         };
         Ok((journal, recovered))
@@ -196,6 +209,19 @@ impl Journal {
         self.write(vec![Record::Outcome { id, outcome }], false).await
     }
 
+    /// Why it cannot be written, if the newest attempt failed and one of this moment fails too.
+    pub async fn problem(&self) -> Option<String> {
+        self.trouble.borrow().now.as_ref()?;
+        // Nothing may be due for long, and the disk have room again.
+        let _ = self.write(Vec::new(), true).await;
+        self.trouble.borrow().now.clone()
+    }
+
+    /// Attempts to write that failed, since it was opened.
+    pub fn errors(&self) -> u64 {
+        self.trouble.borrow().errors
+    }
+
     async fn write(&self, records: Vec<Record>, durable: bool) -> Result<(), JournalError> {
         let (done, ended) = oneshot::channel();
         let entry = Entry {
@@ -213,6 +239,7 @@ struct Writer {
     path: PathBuf,
     file: JournalFile,
     published: watch::Sender<Arc<Desired>>,
+    trouble: watch::Sender<Trouble>,
 }
 
 struct JournalFile {
@@ -266,10 +293,16 @@ impl Writer {
             }
         }
         let durable = accepted.iter().any(|entry| entry.durable);
-        let written = self.file.append(&bytes, durable);
-        if let Err(source) = &written {
-            tracing::error!(error = %source, path = %self.path.display(), "the journal cannot be written");
-        }
+        let written = if bytes.is_empty() {
+            self.try_again()
+        } else {
+            let written = self.file.append(&bytes, durable);
+            if let Err(source) = &written {
+                tracing::error!(error = %source, path = %self.path.display(), "the journal cannot be written");
+            }
+            written
+        };
+        self.note(&written);
         for entry in accepted {
             let answer = match &written {
                 Ok(()) => {
@@ -289,6 +322,33 @@ impl Writer {
 }
 
 impl Writer {
+    /// With nothing to write: whether it could be. Only a write of something tells, and a new file is the one that does no harm.
+    fn try_again(&mut self) -> io::Result<()> {
+        if self.trouble.borrow().now.is_some() {
+            let desired = self.published.borrow().clone();
+            self.file = rewrite(&self.dir, &desired).map_err(|error| match error {
+                JournalError::Io { source, .. } => source,
+                other => io::Error::other(other),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn note(&self, written: &io::Result<()>) {
+        let why = written.as_ref().err().map(|source| {
+            format!(
+                "{} cannot be written: {source}; make room or mend the disk",
+                self.path.display()
+            )
+        });
+        self.trouble.send_if_modified(|trouble| {
+            trouble.errors += u64::from(why.is_some());
+            let changed = trouble.now != why;
+            trouble.now = why;
+            changed
+        });
+    }
+
     fn fold(&self, records: Vec<Record>) {
         self.published.send_if_modified(|desired| {
             let mut changed = false;

@@ -33,7 +33,7 @@ pub(super) fn imported(imported: &Imported) -> v1::ImportResponse {
     }
 }
 
-pub(super) fn status(host: &Host) -> v1::StatusResponse {
+pub(crate) fn status(host: &Host) -> v1::StatusResponse {
     let desired = host.desired();
     let mut cache_used_bytes = 0;
     let mut bases = Vec::new();

@@ -3,6 +3,8 @@
 mod convert;
 mod streams;
 
+pub(crate) use convert::status as status_of;
+
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};

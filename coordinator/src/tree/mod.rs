@@ -11,6 +11,7 @@
 mod audit;
 mod beat;
 mod call;
+mod census;
 mod enter;
 mod event;
 mod graft;
@@ -37,6 +38,7 @@ use treeboot_types::{
     ImageName, ImageRef, PathPolicy, StripeIndex, StripePlacement, Tick,
 };
 
+pub use census::{Census, ImageCensus};
 pub use event::{
     Answer, Beat, Call, CallId, Effect, Event, HostState, Note, Push, Refusal, Speaker, StreamId,
 };

@@ -9,6 +9,7 @@ mod bytes;
 mod config;
 mod faults;
 mod harness;
+mod http;
 mod iscsi_suite;
 mod kernel_initiator;
 mod names;
