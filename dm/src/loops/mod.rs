@@ -1,4 +1,5 @@
-//! Files as block devices: hash trees, deltas, the cache's files where no device is given.
+//! Files as block devices: hash trees, deltas, the cache's files where no device is given; and verity devices behind the page
+//! cache, so that reads that meet are joined.
 //!
 //! A loop device of ours is known by its backing file and by a mark in its status ([`MARK`]); others are left alone. They
 //! outlive the agent, so nothing here detaches by itself.
@@ -12,9 +13,11 @@ mod sys;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use self::sys::Way;
 use crate::{DeviceNumber, Missing, Mode, Sectors};
 
 const CONTROL: &str = "/dev/loop-control";
@@ -22,8 +25,14 @@ const CONTROL: &str = "/dev/loop-control";
 /// Begins the name in the status of every loop device of ours; then the end of the file's name.
 pub const MARK: &str = "treeboot:";
 
+/// The user plane's chunk.
+const AHEAD_KIB: u32 = 64;
+
 /// Others may take the free device that the kernel named before we do; then the next one is asked for.
 const ATTEMPTS: usize = 64;
+
+/// Somebody who has the device open closes it after milliseconds.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(10);
 
 /// A file as a block device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +91,49 @@ pub enum LoopError {
 /// # Errors
 /// [`LoopError`].
 pub fn attach(file: &Path, mode: Mode, offset: u64) -> Result<LoopDevice, LoopError> {
+    make(file, mode, offset, Way::Direct)
+}
+
+/// Makes a device that reads `device` through the page cache, in logical blocks of `block_bytes`: of several reads of the same bytes that
+/// meet, one goes down and the others wait for it. Read-only. The kernel carries out its reads one after the other, and reads ahead a
+/// chunk at most, so that what a cache lacks is not read together with much that it has. One that is there already is given instead.
+///
+/// # Errors
+/// [`LoopError`].
+pub fn join_reads(device: &Path, block_bytes: u32) -> Result<LoopDevice, LoopError> {
+    let device = canonical(device)?;
+    let name = device.file_name().unwrap_or_default();
+    let ahead = Path::new("/sys/class/block")
+        .join(name)
+        .join("queue/read_ahead_kb");
+    // Whoever opens the device from now on reads that much ahead.
+    fs::write(&ahead, AHEAD_KIB.to_string()).map_err(|source| of_file("write", &ahead, source))?;
+    make(&device, Mode::ReadOnly, 0, Way::PageCache { block_bytes })
+}
+
+/// Takes away what [`join_reads`] made over `device`. Who still looks at it, as udev does, is waited for; `device` cannot be removed before.
+///
+/// # Errors
+/// [`LoopError`].
+pub fn part_reads(device: &Path) -> Result<(), LoopError> {
+    let began = Instant::now();
+    for found in find(device)? {
+        while detach(&found)? && began.elapsed() < LETS_GO_WITHIN {
+            pause();
+        }
+    }
+    Ok(())
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "between two looks at a condition with a deadline; the driver tells nobody"
+)]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(5));
+}
+
+fn make(file: &Path, mode: Mode, offset: u64, way: Way) -> Result<LoopDevice, LoopError> {
     let backing = OpenOptions::new()
         .read(true)
         .write(mode == Mode::ReadWrite)
@@ -104,6 +156,7 @@ pub fn attach(file: &Path, mode: Mode, offset: u64) -> Result<LoopDevice, LoopEr
         let settings = sys::Settings {
             offset,
             read_only: mode == Mode::ReadOnly,
+            way,
             name: mark(file),
         };
         match sys::configure(&device, &backing, &settings) {

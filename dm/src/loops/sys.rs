@@ -65,10 +65,20 @@ impl Info {
     };
 }
 
+/// How a device reads its file.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Way {
+    /// Past the page cache, in blocks of the driver's own choice.
+    Direct,
+    /// Through it.
+    PageCache { block_bytes: u32 },
+}
+
 /// How a file becomes a device.
 pub(super) struct Settings {
     pub(super) offset: u64,
     pub(super) read_only: bool,
+    pub(super) way: Way,
     /// Shorter than [`NAME_BYTES`].
     pub(super) name: Vec<u8>,
 }
@@ -90,9 +100,14 @@ pub(super) fn get_free(control: &File) -> Result<u32> {
 
 /// Gives the device its file; all settings take effect at once. `BUSY` where it has one.
 pub(super) fn configure(device: &File, backing: &File, settings: &Settings) -> Result<()> {
+    let (direct, block_size) = match settings.way {
+        // 0 is the driver's own choice.
+        Way::Direct => (DIRECT_IO, 0),
+        Way::PageCache { block_bytes } => (0, block_bytes),
+    };
     let mut info = Info {
         offset: settings.offset,
-        flags: DIRECT_IO | if settings.read_only { READ_ONLY } else { 0 },
+        flags: direct | if settings.read_only { READ_ONLY } else { 0 },
         ..Info::EMPTY
     };
     let room = &mut info.file_name[..NAME_BYTES - 1];
@@ -101,8 +116,7 @@ pub(super) fn configure(device: &File, backing: &File, settings: &Settings) -> R
     }
     let config = Config {
         fd: u32::try_from(backing.as_raw_fd()).map_err(|_| Errno::BADF)?,
-        // The driver's own choice.
-        block_size: 0,
+        block_size,
         info,
         reserved: [0; 8],
     };

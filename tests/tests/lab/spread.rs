@@ -19,6 +19,8 @@ const SURPLUS: f64 = 0.10;
 const HOSTS: usize = 7;
 const FAN_OUT: u64 = 2;
 const LIMIT: Duration = Duration::from_secs(600);
+/// Of each host. The page cache is to hold a chunk for the moments until the cache has it, beside the programs.
+const MEMORY_MIB: u32 = 512;
 /// How fast each host reads, at most, in bytes a second.
 const PACE: u64 = 20_000_000;
 
@@ -154,6 +156,7 @@ async fn scenario(lab: &Lab, bytes: u64, start: Start) -> Result<()> {
 fn test(label: &str, bytes: u64, start: Start, agent_args: &[&str]) -> Result<()> {
     let host = HostSpec {
         agent_args: agent_args.iter().map(ToString::to_string).collect(),
+        memory_mib: MEMORY_MIB,
         ..HostSpec::of(Plane::Kernel)
     };
     let spec = LabSpec {

@@ -1,9 +1,11 @@
 //! A content's devices from the paths up to the base: built from below, taken down from above.
 
-use treeboot_dm::{DeviceNumber, DmDevice, Mode, Sectors};
-use treeboot_types::{Digest, StripeIndex};
+use std::path::PathBuf;
 
-use super::sys::{Sys, attach, detach, mapper_error};
+use treeboot_dm::{DeviceNumber, DmDevice, Mode, Sectors, loops};
+use treeboot_types::{Digest, StripeIndex, VERITY_BLOCK_BYTES};
+
+use super::sys::{Sys, attach, detach, loop_error, mapper_error};
 use super::tables::{self, SECTOR, StripeDevices};
 use super::{cached, failed, record};
 use crate::plane::PlaneError;
@@ -88,6 +90,20 @@ pub(super) fn check(
     sys.number(&device)
 }
 
+/// Makes the device through which everything above reads from verity. VMs, children and the filler often want a chunk at the same
+/// moment; nothing above this joins them.
+pub(super) fn join_reads(sys: &Sys, digest: &Digest) -> Result<DeviceNumber, PlaneError> {
+    // The name in `/dev/mapper` is for people, and may lag behind.
+    let verity = sys.number(&DmDevice::Verity(*digest))?;
+    let device = loops::join_reads(&verity_node(verity), VERITY_BLOCK_BYTES).map_err(loop_error)?;
+    Ok(device.number)
+}
+
+/// device-mapper's own node.
+fn verity_node(verity: DeviceNumber) -> PathBuf {
+    PathBuf::from(format!("/dev/dm-{}", verity.minor))
+}
+
 /// Puts the base over the cache group's part for the content.
 pub(super) fn finish(sys: &Sys, content: &Content, below: DeviceNumber) -> Result<(), PlaneError> {
     let device = DmDevice::Base(content.digest);
@@ -137,6 +153,13 @@ pub(super) fn tear_down(sys: &Sys, digest: &Digest) -> Result<(), PlaneError> {
             DmDevice::Backing(_) | DmDevice::Cached(_) | DmDevice::Served(_)
         )
     };
+    if let Some(verity) = sys
+        .mapper
+        .number(&DmDevice::Verity(*digest))
+        .map_err(mapper_error)?
+    {
+        loops::part_reads(&verity_node(verity)).map_err(loop_error)?;
+    }
     let below = devices.iter().rev().filter(|device| !above(device));
     for device in below.filter(|device| !of_group(device)) {
         sys.remove(device)?;

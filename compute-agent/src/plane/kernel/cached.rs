@@ -122,8 +122,8 @@ impl Sys {
             };
             let record = self.records.load(&digest).map_err(record_error)?;
             if let Some(base) = record.base.filter(|base| base.backing == Backing::Cache) {
-                let verity = self.number(&DmDevice::Verity(digest))?;
-                let table = uncached(verity, sectors(&base)).map_err(base::table_error)?;
+                let below = base::join_reads(self, &digest)?;
+                let table = uncached(below, sectors(&base)).map_err(base::table_error)?;
                 self.ensure(&seen.device, &table, Mode::ReadOnly)?;
             }
         }
@@ -187,14 +187,14 @@ pub(super) fn take_in(sys: &Sys, base: &BaseRecord) -> Result<(Filler, Use), Pla
     let digest = base.content.digest;
     let mut group = sys.cached.group.lock();
     let group = sys.opened(&mut group)?;
-    let verity = sys.number(&DmDevice::Verity(digest))?;
-    let added = group.add(digest, verity, sectors(base));
+    let below = base::join_reads(sys, &digest)?;
+    let added = group.add(digest, below, sectors(base));
     if added.as_ref().is_err_and(GroupError::is_full) {
         sys.cached.serving.note_full();
     }
     let table = added.map_err(group_error)?;
     sys.ensure(&DmDevice::Base(digest), &table, Mode::ReadOnly)?;
-    let filler = group.filler(&digest, verity).map_err(group_error)?;
+    let filler = group.filler(&digest, below).map_err(group_error)?;
     Ok((filler, sys.cached.serving.used()))
 }
 

@@ -141,7 +141,12 @@ impl KernelPlane {
                 None => base::stored_data(&sys, &base.content)?,
             };
             let checked = base::check(&sys, &base.content, base.backing, data)?;
-            base::finish(&sys, &base.content, checked)
+            let below = match base.backing {
+                Backing::Cache | Backing::Adopted => base::join_reads(&sys, &digest)?,
+                // The page cache has the store's file as it is.
+                Backing::Store => checked,
+            };
+            base::finish(&sys, &base.content, below)
         })
         .await
     }

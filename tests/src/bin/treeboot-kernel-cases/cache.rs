@@ -15,7 +15,7 @@ use treeboot_dm::group::{CacheDevice, Config, Filler, Group, GroupError, Kind, P
 use treeboot_dm::loops::{self, LoopDevice};
 use treeboot_dm::{DmDevice, Mapper, Mode, Outcome, Sectors};
 
-use crate::devices::{self, Image, command, direct, empty_loop, read, scratch, wait_for};
+use crate::devices::{self, Image, command, direct, drop_page_cache, empty_loop, read, scratch, wait_for};
 
 pub(crate) const GROUP: crate::Group = crate::Group {
     name: "cache",
@@ -134,7 +134,7 @@ impl Bench {
 
     /// Takes an image in and makes its base.
     pub(crate) fn add(&mut self, image: &Image) -> Result<Outcome> {
-        let table = self.group.add(image.digest, image.verity, image.sectors())?;
+        let table = self.group.add(image.digest, image.joined()?, image.sectors())?;
         Ok(self
             .mapper
             .ensure(&DmDevice::Base(image.digest), &table, Mode::ReadOnly)?)
@@ -157,7 +157,7 @@ impl Bench {
 
     /// Fills all of it at the pace.
     pub(crate) fn fill(&self, image: &Image, bytes_per_second: u64) -> Result<Filler> {
-        let mut filler = self.group.filler(&image.digest, image.verity)?;
+        let mut filler = self.group.filler(&image.digest, image.joined()?)?;
         let began = Instant::now();
         let mut pace = Pace::new(bytes_per_second, began.elapsed());
         while let Some(chunk) = filler.missing(0..filler.chunks()) {
@@ -169,6 +169,7 @@ impl Bench {
 
     /// Reads every block of the base, checked, and gives the bytes that came from the image's source meanwhile.
     fn shipped(&self, image: &Image) -> Result<u64> {
+        drop_page_cache()?;
         let before = image.bytes_read()?;
         self.check(image)?;
         Ok(image.bytes_read()? - before)
@@ -209,7 +210,7 @@ fn fills(kind: Kind) -> Result<()> {
         );
     }
     // A later process knows what is filled.
-    let again = bench.group.filler(&image.digest, image.verity)?;
+    let again = bench.group.filler(&image.digest, image.joined()?)?;
     ensure!(again.filled() == again.chunks(), "forgotten: {}", again.filled());
     Ok(())
 }
@@ -286,8 +287,7 @@ fn images_come_and_go(kind: Kind) -> Result<()> {
             Ok((rounds.load(Ordering::Relaxed) > before).then_some(()))
         })?;
         bench.remove(&image)?;
-        bench.mapper.remove(&DmDevice::Verity(image.digest))?;
-        Ok(())
+        image.remove(&bench.mapper)
     });
     ended.store(true, Ordering::Relaxed);
     reader

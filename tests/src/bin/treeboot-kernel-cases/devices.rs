@@ -14,7 +14,7 @@ use treeboot_dm::group::CacheDevice;
 use treeboot_dm::loops::{self, LoopDevice};
 use treeboot_dm::table::{OnCorruption, Verity};
 use treeboot_dm::{DeviceNumber, DmDevice, Line, Mapper, Mode, Sectors, Table, Target};
-use treeboot_types::Digest;
+use treeboot_types::{Digest, VERITY_BLOCK_BYTES};
 
 /// Where the files beneath are, unless `TREEBOOT_CASES_DIR` names a folder to put them into: a tmpfs of the guest.
 const FOLDER: &str = "/run/treeboot-cases";
@@ -123,6 +123,22 @@ impl Image {
     /// Sectors of the image.
     pub(crate) fn sectors(&self) -> Sectors {
         Sectors(self.bytes / 512)
+    }
+
+    /// What a group reads it from, as in the agent's stack: the verity device, through the page cache.
+    pub(crate) fn joined(&self) -> Result<DeviceNumber> {
+        Ok(loops::join_reads(&self.verity_node(), VERITY_BLOCK_BYTES)?.number)
+    }
+
+    fn verity_node(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/dm-{}", self.verity.minor))
+    }
+
+    /// Removes the verity device; its image must have left every group.
+    pub(crate) fn remove(&self, mapper: &Mapper) -> Result<()> {
+        loops::part_reads(&self.verity_node())?;
+        mapper.remove(&DmDevice::Verity(self.digest))?;
+        Ok(())
     }
 
     /// Bytes read from the image's data since its loop device was made.
@@ -337,6 +353,11 @@ fn pause() {
     std::thread::sleep(Duration::from_millis(20));
 }
 
+/// Forgets what was read through the page cache, so that the next read shows what the cache has.
+pub(crate) fn drop_page_cache() -> Result<()> {
+    Ok(fs::write("/proc/sys/vm/drop_caches", "1")?)
+}
+
 /// Removes what a case left, so that the next begins on an empty kernel. What cannot be removed shows in the next case.
 pub(crate) fn sweep() {
     let _ = remove_devices();
@@ -356,6 +377,12 @@ fn remove_devices() -> Result<()> {
     let mut rounds = 0;
     wait_for("the end of the devices", Duration::from_secs(20), || {
         let found = mapper.list()?;
+        for joined in loops::list()?
+            .iter()
+            .filter(|device| device.file.starts_with("/dev"))
+        {
+            let _ = loops::detach(joined);
+        }
         for seen in found.iter().filter(|seen| seen.open_count == 0) {
             let _ = mapper.remove(&seen.device);
         }

@@ -12,7 +12,7 @@ use treeboot_dm::table::Persistence;
 use treeboot_dm::{DmDevice, Mapper, Mode, Sectors, Status, Table, Target};
 
 use crate::cache::{Bench, CACHE_BYTES, MIB, wait};
-use crate::devices::{self, Image, direct, direct_writable, empty_loop, read, write};
+use crate::devices::{self, Image, direct, direct_writable, drop_page_cache, empty_loop, read, write};
 
 pub(crate) const GROUP: crate::Group = crate::Group {
     name: "measure",
@@ -82,6 +82,7 @@ fn one(kind: Kind, pace: Option<u64>, first: First) -> Result<()> {
     }
     let took = began.elapsed();
     let shipped = image.bytes_read()? - begin;
+    drop_page_cache()?;
     let again = Instant::now();
     read_all(&base, IMAGE_BYTES, u64::MAX)?;
     let next = again.elapsed();

@@ -9,7 +9,7 @@ use treeboot_agent::conformance::{Rig as _, TestImage};
 use treeboot_agent::plane::Scope;
 use treeboot_agent::stack::{Backing, Wanted, WantedBase, WantedDisk};
 use treeboot_dm::group::{Kind, SPACE, State, uncached};
-use treeboot_dm::{DmDevice, Mapper, Sectors, Table};
+use treeboot_dm::{DmDevice, Mapper, Sectors, Table, loops};
 use treeboot_types::VmName;
 
 use super::reading::Reading;
@@ -74,7 +74,8 @@ fn tables(image: &TestImage) -> (Table, Option<Table>) {
         .number(&DmDevice::Verity(digest))
         .expect("asked")
         .expect("there");
-    let past = uncached(verity, Sectors(image.content.bytes / 512)).expect("a table");
+    let joined = loops::find(format!("/dev/dm-{}", verity.minor).as_ref()).expect("asked");
+    let past = uncached(joined[0].number, Sectors(image.content.bytes / 512)).expect("a table");
     (past, mapper.table(&DmDevice::Base(digest)).expect("asked"))
 }
 

@@ -10,6 +10,7 @@ use treeboot_agent::stack::{Backing, Sources, StripePaths, Wanted, WantedBase};
 use treeboot_dm::{DmDevice, Mapper};
 
 use super::rig::{self, KernelRig};
+use crate::devices::drop_page_cache;
 
 /// Small, so that a small image has many.
 const UNIT_BYTES: u64 = 65536;
@@ -91,6 +92,7 @@ pub(super) async fn a_parent_dies() {
     rig.kill_parent(0).await;
     let mut longest = Duration::ZERO;
     for _ in 0..5 {
+        drop_page_cache().expect("dropped");
         longest = longest.max(read(&image).await);
     }
     println!(
