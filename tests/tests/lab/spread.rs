@@ -170,7 +170,6 @@ fn test(label: &str, bytes: u64, start: Start, agent_args: &[&str]) -> Result<()
 }
 
 #[test]
-#[ignore = "seven hosts take their time; by hand: cargo xtask lab test spread_small"]
 fn spread_small() -> Result<()> {
     test("lab-spread", 16 << 20, Start::InTurn, &[])
 }
@@ -193,7 +192,7 @@ fn spread_at_once() -> Result<()> {
 }
 
 #[test]
-#[ignore = "by hand, and it fails: readers that meet at a chunk that is not cached each get it from above"]
+#[ignore = "by hand: cargo xtask lab test spread_by_reads_alone"]
 fn spread_by_reads_alone() -> Result<()> {
     test("lab-spread-reads", 64 << 20, Start::InTurn, &["--fill-rate", "0"])
 }
