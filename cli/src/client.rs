@@ -234,6 +234,27 @@ impl Coordinator {
             })
     }
 
+    /// Exports of an image for a host, best first.
+    pub(crate) async fn search(
+        &self,
+        image: &ImageRef,
+        host: Option<&HostName>,
+        limit: u32,
+    ) -> Result<Vec<v1::Candidate>, Failure> {
+        let doing = format!("search exports of '{}'", image_words(image));
+        let request = v1::SearchRequest {
+            image: Some(image.into()),
+            host: host.map(ToString::to_string).unwrap_or_default(),
+            limit,
+        };
+        let answer = self.call(&doing, self.client.clone().search(request)).await;
+        let answer = answer.map_err(|failure| match failure.exit {
+            Exit::NotFound => failure.advice("see which images there are: treeboot image list"),
+            _ => failure,
+        })?;
+        Ok(answer.candidates)
+    }
+
     /// The record of the host of exactly this name.
     pub(crate) async fn host(&self, name: &HostName) -> Result<v1::HostRecord, Failure> {
         find_host(&self.hosts().await?, name)

@@ -14,6 +14,7 @@ mod import;
 mod login;
 mod output;
 mod parallel;
+mod search;
 mod serve;
 mod signals;
 mod tree;
@@ -60,6 +61,7 @@ enum Command {
     #[command(subcommand)]
     Host(host::HostVerb),
     Tree(tree::TreeArgs),
+    Search(search::SearchArgs),
     Doctor(doctor::DoctorArgs),
     /// Create, start, stop, destroy and list virtual machines
     #[command(subcommand)]
@@ -87,8 +89,9 @@ fn main() -> ExitCode {
     };
     let done = runtime.block_on(async {
         match cli.command {
-            // It has an orderly end of its own.
+            // These have an orderly end of their own.
             Command::Serve(args) => serve::run(args).await,
+            command @ Command::Tree(tree::TreeArgs { watch: true, .. }) => run(&cli.options, command).await,
             command => {
                 let mut signals = signals::Signals::catch()?;
                 tokio::select! {
@@ -117,6 +120,7 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Image(verb) => image::run(options, verb).await,
         Command::Host(verb) => host::run(options, verb).await,
         Command::Tree(args) => tree::run(options, args).await,
+        Command::Search(args) => search::run(options, args).await,
         Command::Doctor(args) => doctor::run(options, args).await,
         Command::Vm(verb) => vm::run(options, verb).await,
         Command::Fleet(verb) => fleet::run(options, verb).await,

@@ -71,14 +71,36 @@ fn a_tree_is_drawn() {
     assert_eq!(
         fakes.run(&["tree", "debian"]).ok().stdout,
         "debian@2  1.00 MiB, fan-out 2, epoch 1.9\n\
-         origin  origin 127.0.0.1:3260\n\
-         └─ host-1  ready\n   └─ host-2  ready\n"
+         2 hosts, 0 deep: 2 ready\n\
+         origin        origin  127.0.0.1:3260\n\
+         └─ host-1     ready\n   └─ host-2  ready\n"
     );
     let json = fakes.run(&["tree", "debian", "--json"]).ok().json();
     assert_eq!(
         (&json["image"], &json["nodes"][2]["parents"][0]),
         (&"debian@2".into(), &"host-1".into())
     );
+}
+
+#[test]
+fn a_search_is_a_partial_list_with_reasons() {
+    let fakes = three();
+    let found = fakes
+        .run(&["search", "debian", "--host", "host-9", "--limit", "2"])
+        .ok();
+    assert_eq!(
+        found.stdout,
+        "   HOST    PORTAL          STRIPE  WHY IT STANDS HERE\n\
+         1  host-0  127.0.0.1:3260       0  for 'host-9'\n\
+         2  host-1  127.0.0.1:3260       1  for 'host-9'\n"
+    );
+    let json = fakes.run(&["search", "debian", "--json"]).ok().json();
+    assert_eq!(
+        (json.as_array().unwrap().len(), &json[1]["stripe"]),
+        (3, &1.into())
+    );
+    fakes.run(&["search", "absent"]).fails(3, &["absent"]);
+    fakes.run(&["search", "debian", "--limit", "0"]).fails(2, &["0"]);
 }
 
 #[test]

@@ -289,6 +289,17 @@ async fn queries_show_hosts_images_trees_and_candidates() {
     daemon.stop().await.unwrap();
 }
 
+/// What a path answers over HTTP/1.1.
+async fn said(address: std::net::SocketAddr, path: &str) -> std::io::Result<String> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(address).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    Ok(text)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_answered_that_is_not_durable_and_a_retry_works_when_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
@@ -301,8 +312,29 @@ async fn nothing_is_answered_that_is_not_durable_and_a_retry_works_when_there_is
     let status = host.join().await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("make room"), "{}", status.message());
+    // Health says so; it is no reason to restart what serves from memory.
+    let ready = said(daemon.address(), "/readyz").await.unwrap();
+    assert!(
+        ready.starts_with("HTTP/1.1 503") && ready.contains("make room"),
+        "{ready}"
+    );
+    let alive = said(daemon.address(), "/healthz").await.unwrap();
+    assert!(
+        alive.starts_with("HTTP/1.1 200") && alive.contains("impaired"),
+        "{alive}"
+    );
+    let figures = said(daemon.address(), "/metrics").await.unwrap();
+    assert!(
+        figures.contains("\ntreeboot_coordinator_record_failing 1\n"),
+        "{figures}"
+    );
+    assert!(!figures.contains("record_write_errors_total 0\n"), "{figures}");
+    let images = said(daemon.address(), "/v1/images/debian").await.unwrap();
+    assert!(images.starts_with("HTTP/1.1 200"), "{images}");
     store.set_full(false);
     let placement = host.join().await.unwrap();
+    let ready = said(daemon.address(), "/readyz").await.unwrap();
+    assert!(ready.starts_with("HTTP/1.1 200"), "{ready}");
     assert_eq!(placement.stripes[0].depth, 1);
     let places = store.load().unwrap().into_iter();
     let places = places.filter(|(key, _)| matches!(key, treeboot_coordinator::tree::Key::Attachment(..)));

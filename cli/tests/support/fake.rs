@@ -247,8 +247,27 @@ impl Coordinator for FakeCoordinator {
     async fn register(&self, _: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
         unused()
     }
-    async fn search(&self, _: Request<v1::SearchRequest>) -> Answer<v1::SearchResponse> {
-        unused()
+    async fn search(&self, request: Request<v1::SearchRequest>) -> Answer<v1::SearchResponse> {
+        let request = request.into_inner();
+        self.find(request.image)?;
+        let limit = request.limit as usize;
+        let candidates = (0..3).map(|number| v1::Candidate {
+            parent: Some(v1::Parent {
+                host: format!("host-{number}"),
+                endpoint: Some(v1::Endpoint {
+                    portal: "127.0.0.1:3260".into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            state: v1::AttachState::Ready.into(),
+            free_slots: number,
+            reason: format!("for '{}'", request.host),
+            stripe: number % 2,
+        });
+        Ok(Response::new(v1::SearchResponse {
+            candidates: candidates.take(limit).collect(),
+        }))
     }
     async fn remove(&self, _: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
         unused()

@@ -137,6 +137,11 @@ impl Journal {
         let path = dir.join(FILE);
         let (desired, recovered) = replay(&path)?;
         let file = rewrite(dir, &desired)?;
+        Ok((Self::over(dir, path, file, desired)?, recovered))
+    }
+
+    /// Over a file that holds what is desired.
+    fn over(dir: &Path, path: PathBuf, file: JournalFile, desired: Desired) -> Result<Self, JournalError> {
         let (entries, inbox) = mpsc::channel(QUEUE);
         let (published, watched) = watch::channel(Arc::new(desired));
         let (told, trouble) = watch::channel(Trouble::default());
@@ -155,13 +160,12 @@ impl Journal {
                 doing: "given a thread",
                 source,
             })?;
-        let journal = Self {
+        Ok(Self {
             entries,
             desired: watched,
             trouble,
             next_intent: Arc::default(),
-        };
-        Ok((journal, recovered))
+        })
     }
 
     /// What is desired now.

@@ -117,3 +117,32 @@ async fn many_commits_at_once_all_stand_and_the_file_is_compacted() {
     assert_eq!(journal.desired().disks.len(), 100);
     assert!(std::fs::metadata(dir.path().join(FILE)).unwrap().len() < 64 << 10);
 }
+
+#[tokio::test]
+async fn a_journal_that_could_not_be_written_says_so_until_it_can_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    let whole = rewrite(&state, &Desired::default()).unwrap();
+    // As a full disk would do: nothing can be added to this one.
+    let full = JournalFile {
+        file: File::open(state.join(FILE)).unwrap(),
+        ..whole
+    };
+    let journal = Journal::over(&state, state.join(FILE), full, Desired::default()).unwrap();
+    assert_eq!(journal.problem().await, None, "nothing was tried yet");
+    std::fs::rename(&state, dir.path().join("away")).unwrap();
+    journal.commit([disk_change(0)]).await.unwrap_err();
+    assert_eq!(journal.errors(), 1);
+    let why = journal.problem().await.unwrap();
+    assert!(
+        why.contains("cannot be written") && why.contains("make room"),
+        "{why}"
+    );
+    std::fs::rename(dir.path().join("away"), &state).unwrap();
+    assert_eq!(journal.problem().await, None, "asked again, it tries again");
+    journal.commit([disk_change(1)]).await.unwrap();
+    drop(journal);
+    let (journal, _) = Journal::open(&state).unwrap();
+    assert_eq!(journal.desired().disks.len(), 1, "what failed is not there");
+}

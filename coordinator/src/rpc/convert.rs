@@ -96,6 +96,7 @@ pub(super) fn candidate(candidate: &Candidate) -> v1::Candidate {
         state: v1::AttachState::from(candidate.state).into(),
         free_slots: candidate.free_slots,
         reason: candidate.reason.clone(),
+        stripe: candidate.stripe.0.into(),
     }
 }
 
@@ -123,6 +124,9 @@ pub(super) fn tree(tree: &TreeView) -> v1::GetTreeResponse {
         parents: vertex.parents.clone(),
         children: vertex.children,
         lease_left_ms: vertex.lease_left_ms,
+        zone: vertex.zone.clone(),
+        rack: vertex.rack.clone(),
+        weight: vertex.weight,
     };
     v1::GetTreeResponse {
         image: Some(tree.image.as_ref().into()),

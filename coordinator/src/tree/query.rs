@@ -8,7 +8,7 @@ use treeboot_types::{
 };
 
 use super::layer::Node;
-use super::scope::Scope;
+use super::scope::{RACK_LABEL, Scope, ZONE_LABEL};
 use super::{Forest, Grove, Refusal, place};
 
 /// A host as people see it.
@@ -66,11 +66,19 @@ pub struct VertexView {
     pub children: u32,
     /// What is left of its lease, in milliseconds; 0 for an origin, which holds no slot.
     pub lease_left_ms: u64,
+    /// The zone that its host names, or nothing.
+    pub zone: String,
+    /// The rack that its host names, or nothing.
+    pub rack: String,
+    /// Its host's share of slots; 0 for a foreign origin.
+    pub weight: u32,
 }
 
 /// An export that a host could read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
+    /// Of which stripe it could be read.
+    pub stripe: StripeIndex,
     /// Who and where.
     pub parent: Parent,
     /// How far it has come.
@@ -151,8 +159,18 @@ impl Forest {
                     .map_or_else(|| parent.endpoint.portal.to_string(), Into::into),
             )
         };
+        let info = parent.host.as_ref().and_then(|host| self.hosts.get(host));
+        let info = info.map(|host| &host.info);
+        let label = |key| {
+            info.and_then(|info| info.labels.get(key))
+                .cloned()
+                .unwrap_or_default()
+        };
         Some(VertexView {
             stripe,
+            zone: label(ZONE_LABEL),
+            rack: label(RACK_LABEL),
+            weight: info.map_or(0, |info| info.weight),
             portal: parent.endpoint.portal.to_string(),
             origin: parent.origin,
             depth,
@@ -211,23 +229,25 @@ impl Forest {
                     near: seeker.map_or(2, |seeker| self.nearness(grove, &node, seeker)),
                     pending: state == AttachState::Pending,
                 };
-                found.push((
-                    why,
-                    used,
-                    place.map_or(0, |p| p.joined),
+                let joined = place.map_or(0, |p| p.joined);
+                let candidate = Candidate {
+                    stripe,
+                    reason: String::new(),
                     parent,
                     state,
                     free_slots,
-                ));
+                };
+                found.push((why, used, joined, candidate));
             }
         }
-        found.sort_by(|a, b| (a.0, a.1, a.2, &a.3.host).cmp(&(b.0, b.1, b.2, &b.3.host)));
+        found.sort_by(|a, b| {
+            let (one, other) = (&a.3.parent.host, &b.3.parent.host);
+            (a.0, a.1, a.2, one, a.3.stripe).cmp(&(b.0, b.1, b.2, other, b.3.stripe))
+        });
         let best = found.into_iter().take(limit);
-        let best = best.map(|(why, _, _, parent, state, free_slots)| Candidate {
-            reason: why.text(free_slots),
-            parent,
-            state,
-            free_slots,
+        let best = best.map(|(why, _, _, candidate)| Candidate {
+            reason: why.text(candidate.free_slots),
+            ..candidate
         });
         Ok(best.collect())
     }
@@ -290,10 +310,10 @@ impl Why {
             1 => "1 step from an origin".to_owned(),
             steps => format!("{steps} steps from an origin"),
         };
-        let room = if self.full {
-            "no slot free".to_owned()
-        } else {
-            format!("{free_slots} slot(s) free")
+        let room = match free_slots {
+            _ if self.full => "no slot free".to_owned(),
+            1 => "1 slot free".to_owned(),
+            slots => format!("{slots} slots free"),
         };
         let mut parts = vec![what, room];
         parts.extend(match self.near {

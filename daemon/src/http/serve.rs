@@ -1,11 +1,14 @@
 //! One listener for gRPC, HTTP/1.1 and HTTP/2.
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Sleep, sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::service::Routes;
@@ -14,6 +17,11 @@ use tonic::transport::server::Connected;
 
 /// Connections on their way from the listener to their server, which takes them at once.
 const QUEUE: usize = 64;
+/// From a connection's being taken in to its first bytes; a peer beyond an ocean takes a second.
+const FIRST_BYTES_LIMIT: Duration = Duration::from_secs(10);
+/// So many bytes are what HTTP/2 begins with (RFC 9113 §3.4): after them the protocol is known, and its own limits count. No request of
+/// HTTP/1.1 with its host is shorter.
+const FIRST_BYTES: usize = 24;
 
 /// Serves `router` on all connections of `incoming` until `stop` says so, and those that are open to the end of what is under way.
 ///
@@ -48,7 +56,11 @@ where
                 },
             };
             let server = if is_http2(&connection) { &known } else { &open };
-            if server.send(Ok::<_, io::Error>(connection)).await.is_err() {
+            if server
+                .send(Ok::<_, io::Error>(Prompt::new(connection)))
+                .await
+                .is_err()
+            {
                 break;
             }
         }
@@ -66,4 +78,83 @@ where
     };
     tokio::try_join!(sort, server(false, known_taken), server(true, open_taken))?;
     Ok(())
+}
+
+/// A connection that is given up where its peer does not say in time what it wants.
+struct Prompt<C> {
+    connection: C,
+    /// Until so many bytes have come.
+    missing: usize,
+    limit: Option<Pin<Box<Sleep>>>,
+}
+
+impl<C> Prompt<C> {
+    fn new(connection: C) -> Self {
+        Self {
+            connection,
+            missing: FIRST_BYTES,
+            limit: Some(Box::pin(sleep(FIRST_BYTES_LIMIT))),
+        }
+    }
+}
+
+impl<C: Connected> Connected for Prompt<C> {
+    type ConnectInfo = C::ConnectInfo;
+    fn connect_info(&self) -> C::ConnectInfo {
+        self.connection.connect_info()
+    }
+}
+
+impl<C: AsyncRead + Unpin> AsyncRead for Prompt<C> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut this.connection).poll_read(context, buffer);
+        if let Some(limit) = &mut this.limit {
+            this.missing = this.missing.saturating_sub(buffer.filled().len() - before);
+            if this.missing == 0 {
+                this.limit = None;
+            } else if read.is_pending() && limit.as_mut().poll(context).is_ready() {
+                // A timer that has run out must not be asked again.
+                this.limit = None;
+                let why = "the peer did not say in time what it wants";
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, why)));
+            }
+        }
+        read
+    }
+}
+
+impl<C: AsyncWrite + Unpin> AsyncWrite for Prompt<C> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.connection).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.connection).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.connection.is_write_vectored()
+    }
 }

@@ -105,6 +105,11 @@ fn over_http_a_platform_is_told_what_grpc_tells() -> Result<()> {
             "{exports}"
         );
 
+        let typed = cluster
+            .treeboot(&["search", IMAGE, "--host", "h1", "--limit", "2"])
+            .await?;
+        ensure!(expected.iter().all(|reason| typed.contains(reason)), "{typed}");
+
         // An agent: a disk made over HTTP is there over gRPC, and goes over HTTP.
         let host = &cluster.hosts[0];
         let channel = host.channel_by(&Dialer::Insecure).await?;
@@ -206,7 +211,10 @@ fn what_is_wrong_with_a_request_is_said_and_a_slow_one_is_not_waited_for() -> Re
         let slow = format!(
             "POST /v1/images HTTP/1.1\r\n{line}content-type: application/json\r\ncontent-length: 1000\r\n\r\n{{"
         );
-        let heard = say(address, &slow).await?;
+        // Nor are those waited for who say nothing, or not enough to tell what they speak.
+        let (heard, silent, halting) =
+            tokio::try_join!(say(address, &slow), say(address, ""), say(address, "PRI * HT"))?;
+        ensure!(silent.is_empty() && halting.is_empty(), "{silent:?}, {halting:?}");
         ensure!(
             heard.starts_with("HTTP/1.1 408") && heard.contains("did not arrive within"),
             "{heard}"

@@ -366,6 +366,59 @@ fn search_lists_the_best_parents_first_and_says_why() {
         "{all:?}"
     );
     assert!(all.last().unwrap().reason.contains("no slot free"));
+    // A part of the list is its beginning, and each says what put it behind the one before.
+    assert_eq!(found[..], all[..3]);
+    let room = |c: &crate::tree::Candidate| c.free_slots > 0;
+    assert!(
+        all.is_sorted_by_key(|c| !room(c)),
+        "those with room come first: {all:?}"
+    );
+    let with_room: Vec<_> = all.iter().filter(|c| room(c)).collect();
+    assert!(
+        with_room.is_sorted_by_key(|c| c.parent.depth),
+        "nearest the origin first: {all:?}"
+    );
+    for candidate in &all {
+        let slots = match candidate.free_slots {
+            0 => "no slot free".to_owned(),
+            1 => "1 slot free".to_owned(),
+            free => format!("{free} slots free"),
+        };
+        assert!(candidate.reason.contains(&slots), "{candidate:?}");
+    }
+}
+
+#[test]
+fn search_names_the_stripe_of_each_export_and_those_that_are_pending_or_lost() {
+    let mut world = World::striped(2, 1);
+    for n in 0..6 {
+        world.come(&host(n));
+        world.join(&host(n)).unwrap();
+        if n != 1 {
+            world.register(&host(n)).unwrap();
+        }
+    }
+    world.disconnect(&host(2));
+    let found = world.forest.search(&image_ref(), None, 100).unwrap();
+    let stripes: std::collections::BTreeSet<u16> = found.iter().map(|c| c.stripe.0).collect();
+    assert_eq!((stripes.len(), found.len()), (2, 2 * (6 + 1)));
+    for candidate in &found {
+        let host_is = |n: usize| candidate.parent.host.as_ref() == Some(&name(&host(n)));
+        assert_eq!(
+            candidate.reason.contains("still attaching"),
+            host_is(1),
+            "{candidate:?}"
+        );
+        assert_eq!(
+            candidate.reason.contains("its agent is not connected"),
+            host_is(2),
+            "{candidate:?}"
+        );
+    }
+    assert!(
+        found.is_sorted_by_key(|c| c.reason.contains("not connected")),
+        "the lost come last"
+    );
 }
 
 #[test]
