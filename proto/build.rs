@@ -19,7 +19,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     tonic_prost_build::configure()
         // They hold secrets; `src/secret.rs` prints them without.
-        .skip_debug(["treeboot.v1.ExportKey", "treeboot.v1.EdgeSecret"])
+        .skip_debug([
+            "treeboot.v1.ExportKey",
+            "treeboot.v1.EdgeSecret",
+            "treeboot.v1.DiskSecret",
+        ])
         .compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

@@ -22,8 +22,23 @@ case $place in
   /dev/*) echo "$place"; exit ;;
 esac
 rest=${place#iscsi://}; portal=${rest%%/*}; rest=${rest#*/}; target=${rest%/*}; lun=${rest##*/}
-node() { sudo iscsiadm -m node -T "$target" -p "$portal" "$@" >/dev/null; }
-node --login 2>/dev/null || { node -o new; node --login; }
+node() { sudo iscsiadm -m node -T "$target" -p "$portal" -I "front-$vm" "$@" >/dev/null; }
+set_to() { node -o update -n "$1" -v "$2"; }
+if ! node --login 2>/dev/null; then
+  # The disk is for its VM only: by the name of its initiator, and by the secret where the lab has an authority.
+  initiator=iqn.2026-11.dev.treeboot:vm:$vm
+  sudo iscsiadm -m iface -I "front-$vm" -o new >/dev/null 2>&1 || true
+  sudo iscsiadm -m iface -I "front-$vm" -o update -n iface.initiatorname -v "$initiator" >/dev/null
+  node -o new
+  secret=$(mktemp -u)
+  if treeboot vm show "$vm" --secret-file "$secret" >/dev/null 2>&1; then
+    set_to node.session.auth.authmethod CHAP
+    set_to node.session.auth.username "$initiator"
+    set_to node.session.auth.password "$(cat "$secret")"
+    rm -f "$secret"
+  fi
+  node --login
+fi
 path=/dev/disk/by-path/ip-$portal-iscsi-$target-lun-$lun
 for try in $(seq 100); do [ -b "$path" ] && break; sleep 0.1; done
 [ -b "$path" ]

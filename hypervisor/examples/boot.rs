@@ -43,6 +43,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             DiskSource::Iscsi {
                 url: disk.parse()?,
                 initiator: Iqn::new("iqn.2026-11.dev.treeboot:boot-example")?,
+                secret_file: None,
             }
         } else {
             DiskSource::Raw {

@@ -26,6 +26,8 @@ use crate::spec::{DiskSource, Readiness, RunDir, VmSpec};
 
 /// Name of the disk's block node; [`DISK_DEVICE`] is the device in front of it.
 pub(crate) const DISK_NODE: &str = "disk";
+/// The secret of the disk, in QEMU.
+const DISK_SECRET: &str = "disk-secret";
 /// Id of the disk's device.
 pub(crate) const DISK_DEVICE: &str = "disk0";
 
@@ -78,6 +80,17 @@ pub(crate) fn arguments(spec: &VmSpec, acceleration: Acceleration, forward: Opti
         words.option("-mon", format!("chardev={id},mode=control"));
     }
 
+    if let DiskSource::Iscsi {
+        secret_file: Some(path),
+        ..
+    } = &spec.disk
+    {
+        // In a file, because everybody on the machine sees a command line.
+        words.option(
+            "-object",
+            format!("secret,id={DISK_SECRET},file={}", path.display()),
+        );
+    }
     words.option("-blockdev", disk(&spec.disk).to_string());
     words.option(
         "-device",
@@ -100,14 +113,25 @@ pub(crate) fn arguments(spec: &VmSpec, acceleration: Acceleration, forward: Opti
 
 fn disk(disk: &DiskSource) -> Value {
     let mut node = match disk {
-        DiskSource::Iscsi { url, initiator } => json!({
-            "driver": "iscsi",
-            "transport": "tcp",
-            "portal": url.portal(),
-            "target": url.target.to_string(),
-            "lun": url.lun,
-            "initiator-name": initiator.to_string(),
-        }),
+        DiskSource::Iscsi {
+            url,
+            initiator,
+            secret_file,
+        } => {
+            let mut node = json!({
+                "driver": "iscsi",
+                "transport": "tcp",
+                "portal": url.portal(),
+                "target": url.target.to_string(),
+                "lun": url.lun,
+                "initiator-name": initiator.to_string(),
+            });
+            if secret_file.is_some() {
+                node["user"] = initiator.to_string().into();
+                node["password-secret"] = DISK_SECRET.into();
+            }
+            node
+        }
         DiskSource::Raw { path } => {
             json!({ "driver": "file", "filename": path.to_string_lossy(), "aio": "threads" })
         }
@@ -208,6 +232,7 @@ mod tests {
                     .parse()
                     .expect("a URL"),
                 initiator: Iqn::new("iqn.2026-11.dev.treeboot:vm:vm-1").expect("a name"),
+                secret_file: Some("/run/vm-1/disk.secret".into()),
             }),
             None,
         );
@@ -215,6 +240,9 @@ mod tests {
             r#""portal":"[::1]:3261""#,
             r#""target":"iqn.2026-11.dev.treeboot:disk:vm-1""#,
             r#""initiator-name":"iqn.2026-11.dev.treeboot:vm:vm-1""#,
+            r#""user":"iqn.2026-11.dev.treeboot:vm:vm-1""#,
+            r#""password-secret":"disk-secret""#,
+            "-object secret,id=disk-secret,file=/run/vm-1/disk.secret",
             r#""direct":true"#,
             r#""no-flush":false"#,
             "rerror=stop,werror=stop",

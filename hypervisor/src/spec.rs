@@ -49,6 +49,9 @@ pub enum DiskSource {
         url: IscsiUrl,
         /// The name by which QEMU logs in.
         initiator: Iqn,
+        /// A file with the CHAP secret, which goes with that name; absent where the LUN asks for none.
+        #[serde(default)]
+        secret_file: Option<PathBuf>,
     },
     /// A raw file, which the guest writes to.
     Raw {
@@ -180,7 +183,7 @@ impl VmSpec {
         }
         let disk = match &self.disk {
             DiskSource::Raw { path } | DiskSource::Device { path } => Some(path),
-            DiskSource::Iscsi { .. } => None,
+            DiskSource::Iscsi { secret_file, .. } => secret_file.as_ref(),
         };
         for path in disk.into_iter().chain([&self.run_dir]) {
             let plain = path

@@ -15,3 +15,9 @@ impl fmt::Debug for v1::EdgeSecret {
         write!(f, "EdgeSecret({} at {})", self.target, self.host)
     }
 }
+
+impl fmt::Debug for v1::DiskSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DiskSecret({})", self.user)
+    }
+}

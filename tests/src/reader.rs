@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use futures_util::stream::{StreamExt as _, TryStreamExt as _};
 use treeboot_iscsi::initiator::{Session, SessionOptions};
+use treeboot_iscsi::login::{Chap, Credentials, Secret};
 use treeboot_proto::v1;
 use treeboot_types::{Iqn, IscsiUrl, VmName};
 
@@ -36,9 +37,14 @@ pub async fn log_in(agent: &Daemon, image: &str, vm: &str) -> Result<(Session, u
         image: Some(newest(image)),
     };
     let answer = agent.agent().await?.create(request).await?;
-    let disk = answer.into_inner().disk.context("an answer without the disk")?;
+    let answer = answer.into_inner();
+    let disk = answer.disk.context("an answer without the disk")?;
     let url: IscsiUrl = disk.url.parse()?;
-    let options = SessionOptions::new(url.portal(), url.target.clone(), Iqn::of_vm(&VmName::new(vm)?));
+    let mut options = SessionOptions::new(url.portal(), url.target.clone(), Iqn::of_vm(&VmName::new(vm)?));
+    if let Some(secret) = answer.secret {
+        let credentials = Credentials::new(secret.user, Secret::new(secret.secret)?)?;
+        options.chap = Some(Chap::one_way(credentials));
+    }
     let session = Session::connect(options).await?;
     Ok((session, url.lun))
 }

@@ -29,6 +29,10 @@ pub(crate) struct VmJson {
     pub(crate) qmp_path: Option<String>,
     /// The disk's LUN; empty where it is a device of the host.
     pub(crate) url: String,
+    /// The only name that may log in to the LUN; `null` where there is none.
+    pub(crate) initiator: Option<String>,
+    /// It has to prove itself, too (CHAP); 'vm show --secret-file' gives by what.
+    pub(crate) chap: bool,
     /// The disk's block device on its host, on the kernel plane.
     pub(crate) device: Option<String>,
     /// Size of the disk.
@@ -73,6 +77,8 @@ impl VmJson {
             console_path: text(vm.console_path),
             qmp_path: text(vm.qmp_path),
             url: disk.url,
+            initiator: text(disk.initiator),
+            chap: disk.chap,
             device: text(disk.device),
             bytes: disk.bytes,
             delta_bytes: disk.delta_bytes,

@@ -1,6 +1,7 @@
 //! `treeboot vm …`: one virtual machine, its private disk, and where it runs.
 
 mod list;
+mod show;
 mod spec;
 mod watch;
 
@@ -13,6 +14,7 @@ use crate::output::{self, JsonFlag};
 use crate::parallel;
 
 pub(crate) use list::{VmJson, of_hosts};
+use show::SecretFile;
 pub(crate) use spec::{Machine, MachineArgs, ReadyArgs};
 pub(crate) use watch::until_ready;
 
@@ -30,6 +32,23 @@ pub(crate) enum VmVerb {
         /// The host; may be left out where only one runs VMs
         #[arg(long)]
         host: Option<HostName>,
+        #[command(flatten)]
+        secret: SecretFile,
+        #[command(flatten)]
+        json: JsonFlag,
+    },
+    /// Show one VM and its disk, with what QEMU or iscsiadm need to attach it
+    #[command(
+        after_help = "Example:\n  treeboot vm show web-1\n  treeboot vm show web-1 --secret-file web-1.secret"
+    )]
+    Show {
+        /// The VM's name
+        name: VmName,
+        /// The host; looked up where it is left out
+        #[arg(long)]
+        host: Option<HostName>,
+        #[command(flatten)]
+        secret: SecretFile,
         #[command(flatten)]
         json: JsonFlag,
     },
@@ -103,8 +122,19 @@ pub(crate) async fn run(options: &Options, verb: VmVerb) -> Result<(), Failure> 
             name,
             image,
             host,
+            secret,
             json,
-        } => create(options, &name, &image, host, json).await,
+        } => create(options, &name, &image, host, &secret, json).await,
+        VmVerb::Show {
+            name,
+            host,
+            secret,
+            json,
+        } => {
+            let coordinator = Coordinator::connect(options).await?;
+            let agent = agent_with(&coordinator, options, &name, host).await?;
+            show::show(&agent, &name, &secret, json).await
+        }
         VmVerb::Start(args) => start(options, args).await,
         VmVerb::Stop { name, host, force } => {
             let coordinator = Coordinator::connect(options).await?;
@@ -134,6 +164,7 @@ async fn create(
     name: &VmName,
     image: &ImageRef,
     host: Option<HostName>,
+    secret: &SecretFile,
     json: JsonFlag,
 ) -> Result<(), Failure> {
     let coordinator = Coordinator::connect(options).await?;
@@ -146,17 +177,17 @@ async fn create(
     };
     let answer = agent.call(&doing, agent.client.clone().create(request)).await?;
     let disk = answer.disk.ok_or_else(|| incomplete(&agent.peer, "disk"))?;
+    secret.write(answer.secret)?;
     let row = VmJson::of(&agent.host, None, Some(disk));
     if json.json {
         return output::print_json(&row);
     }
     output::print_text(&format!(
         "created '{name}' on host '{}', a disk of {} over {}\n  {}\n  start it with 'treeboot vm start {name}', or attach it yourself: \
-         qemu-system-x86_64 -drive file={},format=raw,if=virtio\n",
+         'treeboot vm show {name}' says how\n",
         agent.host,
         output::bytes(row.bytes),
         row.image,
-        row.place(),
         row.place(),
     ))
 }

@@ -382,7 +382,16 @@ impl Agent for FakeAgent {
             .entry(self.host.clone())
             .or_default()
             .push(disk.clone());
-        Ok(Response::new(v1::CreateResponse { disk: Some(disk) }))
+        Ok(Response::new(v1::CreateResponse {
+            disk: Some(disk),
+            secret: None,
+        }))
+    }
+    async fn get_disk_secret(
+        &self,
+        _: Request<v1::GetDiskSecretRequest>,
+    ) -> Answer<v1::GetDiskSecretResponse> {
+        Ok(Response::new(v1::GetDiskSecretResponse { secret: None }))
     }
     async fn destroy(&self, request: Request<v1::DestroyRequest>) -> Answer<v1::DestroyResponse> {
         let vm = request.into_inner().vm;

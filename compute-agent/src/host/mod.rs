@@ -525,6 +525,11 @@ impl Host {
         futures_util::future::join_all(reports).await
     }
 
+    /// What a VM's front end proves itself by at its disk; none where nobody is asked.
+    pub fn disk_secret(&self, vm: &VmName) -> Option<String> {
+        self.shared.settings.keys.disk_secret(vm)
+    }
+
     /// The plane.
     pub fn plane(&self) -> &dyn Plane {
         self.shared.applier.plane.as_ref()

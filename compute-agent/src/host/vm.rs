@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use treeboot_hypervisor::{Acceleration, AdoptError, DiskSource, Instance, RunningVm, StopMode, VmSpec};
+use treeboot_identity::files;
 use treeboot_types::{ImageId, ImageRef, Iqn, VmName};
 
 use super::base::{BaseMsg, Hold, Reply};
@@ -130,6 +131,10 @@ impl VmOwner {
 
     /// After the agent's restart: QEMU runs on, or has ended meanwhile.
     async fn find_again(&mut self) {
+        if self.shared.journal().desired().disks.contains_key(&self.vm) {
+            // A disk of a time before there was an authority.
+            self.shared.settings.keys.make_disk(&self.vm).await;
+        }
         if !is_running(self.shared.journal().desired().vms.get(&self.vm)) {
             return;
         }
@@ -243,6 +248,8 @@ impl VmOwner {
     }
 
     async fn reach_disk(&mut self) -> Result<(), HostError> {
+        // Before it is served, so that nobody meets a disk whose secret is not known.
+        self.shared.settings.keys.make_disk(&self.vm).await;
         let wanted = self.shared.journal().desired().wanted_disk(&self.vm);
         let reached = self
             .shared
@@ -294,6 +301,7 @@ impl VmOwner {
         }
         self.reach_disk().await?;
         self.shared.journal().commit([Change::DiskGone { vm }]).await?;
+        self.shared.settings.keys.disk_gone(&self.vm).await;
         self.release(image, keep_base).await;
         Ok(())
     }
@@ -308,6 +316,22 @@ impl VmOwner {
 
     fn run_dir(&self) -> std::path::PathBuf {
         self.shared.settings.state_dir.join("vms").join(self.vm.as_str())
+    }
+
+    /// Puts the disk's secret where QEMU reads it: a command line is seen by everybody on the machine.
+    fn secret_file(&self) -> Result<Option<std::path::PathBuf>, HostError> {
+        let Some(secret) = self.shared.settings.keys.disk_secret(&self.vm) else {
+            return Ok(None);
+        };
+        let dir = self.run_dir();
+        let path = dir.join("disk.secret");
+        let written = files::private_dir(&dir).and_then(|()| files::write_private(&path, secret.as_bytes()));
+        match written {
+            Ok(()) => Ok(Some(path)),
+            Err(error) => {
+                Err(crate::plane::PlaneError::io(format!("writing {}", path.display()), error).into())
+            }
+        }
     }
 
     async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {
@@ -342,6 +366,7 @@ impl VmOwner {
                 DiskPlace::Lun(url) => DiskSource::Iscsi {
                     url,
                     initiator: Iqn::of_vm(&self.vm),
+                    secret_file: self.secret_file()?,
                 },
                 DiskPlace::Device(path) => DiskSource::Device { path },
             },

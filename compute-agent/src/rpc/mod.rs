@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 use treeboot_proto::v1;
 use treeboot_proto::v1::agent_server::Agent;
 use treeboot_proto::{image_id, image_id_or_newest};
-use treeboot_types::{ImageRef, VmName};
+use treeboot_types::{ImageRef, Iqn, VmName};
 
 use crate::host::{Host, HostError, chain};
 use crate::link::LinkError;
@@ -44,12 +44,25 @@ impl Service {
             vm: vm.to_string(),
             image: Some((&state.image).into()),
             bytes: state.disk.bytes,
+            initiator: match device.is_empty() {
+                true => Iqn::of_vm(vm).to_string(),
+                false => String::new(),
+            },
+            chap: device.is_empty() && self.host.disk_secret(vm).is_some(),
             url,
             device,
             delta_bytes: stats.delta_bytes,
             read_bytes: stats.read_bytes,
             written_bytes: stats.written_bytes,
             sessions: stats.sessions,
+        })
+    }
+
+    /// What the VM's front end proves itself by.
+    fn secret_of(&self, vm: &VmName) -> Option<v1::DiskSecret> {
+        Some(v1::DiskSecret {
+            user: Iqn::of_vm(vm).to_string(),
+            secret: self.host.disk_secret(vm)?,
         })
     }
 
@@ -161,8 +174,20 @@ impl Agent for Service {
         let image = image_id_or_newest(request.image.as_ref()).map_err(invalid)?;
         let (host, name) = (self.host.clone(), vm.clone());
         whole(async move { host.create(&name, &image).await }).await?;
-        let disk = Some(self.disk(&vm).map_err(status)?);
-        Ok(Response::new(v1::CreateResponse { disk }))
+        let disk = self.disk(&vm).map_err(status)?;
+        let secret = self.secret_of(&vm).filter(|_| disk.chap);
+        let disk = Some(disk);
+        Ok(Response::new(v1::CreateResponse { disk, secret }))
+    }
+
+    async fn get_disk_secret(
+        &self,
+        request: Request<v1::GetDiskSecretRequest>,
+    ) -> Result<Response<v1::GetDiskSecretResponse>, Status> {
+        let vm = vm_name(&request.into_inner().vm)?;
+        let disk = self.disk(&vm).map_err(status)?;
+        let secret = self.secret_of(&vm).filter(|_| disk.chap);
+        Ok(Response::new(v1::GetDiskSecretResponse { secret }))
     }
 
     async fn destroy(

@@ -191,6 +191,7 @@ async fn a_disk_that_is_not_there_is_told_in_qemus_words_and_leaves_no_process()
             .parse()
             .expect("a URL"),
         initiator: treeboot_types::Iqn::new("iqn.2026-11.dev.treeboot:vm:vm-5").expect("a name"),
+        secret_file: None,
     };
     let error = start(&hypervisor, lun).await.expect_err("no portal");
     let message = error.to_string();

@@ -11,7 +11,7 @@ use crate::wait::wait_until;
 
 /// The words of `iscsiadm` for a target at a portal, and the device that a session of it gave. Used by both scripts below.
 const NODE: &str = r#"
-node() { iscsiadm -m node -T "$target" -p "$portal" "$@"; }
+node() { iscsiadm -m node -T "$target" -p "$portal" -I "$iface" "$@"; }
 device() {
     for session in /sys/class/iscsi_session/session*; do
         if [ "$(cat "$session/targetname" 2>/dev/null)" = "$target" ]; then
@@ -25,9 +25,17 @@ device() {
 /// Logs in and prints the device's path.
 const LOG_IN: &str = r#"
 if [ -z "$(device)" ]; then
+    # The disk is for its VM's initiator, so the session gets that name, and its secret where there is one.
+    iscsiadm -m iface -I "$iface" -o new >/dev/null 2>&1 || true
+    iscsiadm -m iface -I "$iface" -o update -n iface.initiatorname -v "$initiator" >/dev/null
     node -o new >/dev/null
     node -o update -n node.startup -v manual
     node -o update -n node.session.timeo.replacement_timeout -v 20
+    if [ -n "$secret" ]; then
+        node -o update -n node.session.auth.authmethod -v CHAP
+        node -o update -n node.session.auth.username -v "$initiator"
+        node -o update -n node.session.auth.password -v "$secret"
+    fi
     node --login >/dev/null
 fi
 for try in $(seq 200); do
@@ -64,8 +72,10 @@ impl Lab {
                     .await?;
                 Ok(path)
             }
-            Place::Lun(url) => {
-                let path = host.sh(&format!("{}{LOG_IN}", variables(&url)?)).await?;
+            Place::Lun(lun) => {
+                let secret = self.secret(host, &lun).await?;
+                let script = format!("secret={secret}\n{}{LOG_IN}", lun.variables()?);
+                let path = host.sh(&script).await?;
                 Ok(path.trim().to_owned())
             }
         }
@@ -76,10 +86,10 @@ impl Lab {
     /// # Errors
     /// The host's initiator cannot log out.
     pub async fn release_disk(&self, host: &LabHost, vm: &str) -> Result<()> {
-        if let Place::Lun(url) = self.place(host, vm).await? {
+        if let Place::Lun(lun) = self.place(host, vm).await? {
             host.sh(&format!(
-                "{}node --logout >/dev/null\nnode -o delete",
-                variables(&url)?
+                "{}node --logout >/dev/null\nnode -o delete\niscsiadm -m iface -I \"$iface\" -o delete >/dev/null",
+                lun.variables()?
             ))
             .await?;
         }
@@ -104,23 +114,64 @@ impl Lab {
             return Ok(Place::Device(device.to_owned()));
         }
         let url = row["url"].as_str().context("a disk without a place")?;
-        Ok(Place::Lun(url.parse()?))
+        Ok(Place::Lun(Lun {
+            vm: vm.to_owned(),
+            url: url.parse()?,
+            initiator: row["initiator"].as_str().context("an initiator")?.to_owned(),
+            chap: row["chap"] == true,
+        }))
+    }
+
+    /// The secret of a VM's disk; empty where it asks for none.
+    async fn secret(&self, host: &LabHost, lun: &Lun) -> Result<String> {
+        if !lun.chap {
+            return Ok(String::new());
+        }
+        let file = self
+            .scratch
+            .path()
+            .join(format!("{}-{}.secret", host.name(), lun.vm));
+        let path = file.to_str().context("a path of letters")?;
+        self.treeboot(&[
+            "vm",
+            "show",
+            &lun.vm,
+            "--host",
+            host.name(),
+            "--secret-file",
+            path,
+        ])
+        .await?;
+        let secret = std::fs::read_to_string(&file)?;
+        std::fs::remove_file(&file)?;
+        Ok(secret)
     }
 }
 
 /// Where a front end finds a disk.
 enum Place {
     Device(String),
-    Lun(IscsiUrl),
+    Lun(Lun),
 }
 
-fn variables(url: &IscsiUrl) -> Result<String> {
-    let portal: SocketAddr = url
-        .portal()
-        .parse()
-        .with_context(|| format!("the portal of {url} is no address"))?;
-    Ok(format!(
-        "target={}\nportal={portal}\nlun={}\n{NODE}",
-        url.target, url.lun
-    ))
+/// A disk that is served as a LUN.
+struct Lun {
+    vm: String,
+    url: IscsiUrl,
+    initiator: String,
+    chap: bool,
+}
+
+impl Lun {
+    fn variables(&self) -> Result<String> {
+        let url = &self.url;
+        let portal: SocketAddr = url
+            .portal()
+            .parse()
+            .with_context(|| format!("the portal of {url} is no address"))?;
+        Ok(format!(
+            "target={}\nportal={portal}\nlun={}\niface=front-{}\ninitiator={}\n{NODE}",
+            url.target, url.lun, self.vm, self.initiator
+        ))
+    }
 }

@@ -148,19 +148,26 @@ fn a_vm_sees_its_own_writes_after_a_stop_and_nobody_elses_and_the_image_stays_as
             fleet::stop(host, &order.vm, true).await?;
         }
         assert_eq!(before, digest(cluster).await?);
-        // A new VM's disk holds what the image holds, byte by byte, as a stranger reads it.
+        // A new VM's disk holds what the image holds, byte by byte, as a foreign program reads it.
         let request = v1::CreateRequest {
             vm: "untouched".into(),
             image: Some(measure::newest(IMAGE)),
         };
         let created = host.agent().await?.create(request).await?.into_inner();
-        let url = created.disk.context("an answer without the disk")?.url;
+        let disk = created.disk.context("an answer without the disk")?;
+        let url: treeboot_types::IscsiUrl = disk.url.parse()?;
+        // Its own front end's name, or it is not let in.
+        let options = format!(
+            "driver=raw,file.driver=iscsi,file.transport=tcp,file.portal={},file.target={},file.lun={},file.initiator-name={}",
+            url.portal(),
+            url.target,
+            url.lun,
+            disk.initiator
+        );
+        let image = format!("driver=raw,file.filename={}", file.display());
         let compared = tokio::process::Command::from({
             let mut command = cluster.scratch().command("qemu-img");
-            command
-                .args(["compare", "-f", "raw", "-F", "raw"])
-                .arg(&file)
-                .arg(&url);
+            command.args(["compare", "--image-opts"]).args([&image, &options]);
             command
         })
         .output()

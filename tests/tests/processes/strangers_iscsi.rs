@@ -6,12 +6,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use treeboot_iscsi::initiator::{Session, SessionOptions};
 use treeboot_iscsi::login::{Chap, Credentials, Secret};
+use treeboot_proto::v1;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::daemon::Daemon;
 use treeboot_tests::image::Pattern;
+use treeboot_tests::measure::newest;
 use treeboot_tests::reader;
 use treeboot_tests::wait::wait_until;
-use treeboot_types::{HostName, Iqn};
+use treeboot_types::{HostName, Iqn, IscsiUrl};
 
 use crate::support::{Machine, with_cluster};
 
@@ -226,6 +228,133 @@ fn a_coordinator_that_restarts_gives_the_same_secrets_and_new_ones_end_no_sessio
         options.chap = Some(of(&held(h2)?)?);
         Session::connect(options).await?.close().await;
         session.close().await;
+        Ok(())
+    })
+}
+
+/// A VM's disk on a host: where it is, and what its front end proves itself by.
+struct VmDisk {
+    url: IscsiUrl,
+    initiator: Iqn,
+    chap: Option<Chap>,
+}
+
+async fn create(daemon: &Daemon, vm: &str) -> Result<VmDisk> {
+    let request = v1::CreateRequest {
+        vm: vm.into(),
+        image: Some(newest(IMAGE)),
+    };
+    let answer = daemon.agent().await?.create(request).await?.into_inner();
+    let disk = answer.disk.context("a disk")?;
+    let initiator = Iqn::new(&disk.initiator)?;
+    ensure!(disk.chap == answer.secret.is_some(), "{disk:?}");
+    let chap = answer
+        .secret
+        .map(|given| -> Result<Chap> {
+            let credentials = Credentials::new(given.user, Secret::new(given.secret)?)?;
+            Ok(Chap::one_way(credentials))
+        })
+        .transpose()?;
+    Ok(VmDisk {
+        url: disk.url.parse()?,
+        initiator,
+        chap,
+    })
+}
+
+impl VmDisk {
+    async fn connect(&self, initiator: &Iqn, chap: Option<Chap>) -> Result<Session, String> {
+        let mut options = SessionOptions::new(self.url.portal(), self.url.target.clone(), initiator.clone());
+        options.chap = chap;
+        let session = Session::connect(options).await;
+        session.map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+    }
+
+    async fn refuses(&self, initiator: &Iqn, chap: Option<Chap>) -> Result<String> {
+        match self.connect(initiator, chap).await {
+            Ok(_) => bail!("{initiator} was let in at {}", self.url),
+            Err(why) => Ok(why),
+        }
+    }
+}
+
+#[test]
+fn a_vms_disk_is_for_that_vms_initiator_only() -> Result<()> {
+    let plan = Plan {
+        hosts: 1,
+        secure: true,
+        ..Plan::default()
+    };
+    with_cluster("vm-disks", Machine::Shared, plan, async |cluster| {
+        attach_all(cluster).await?;
+        let host = &cluster.hosts[0];
+        let (own, other) = (create(host, "vm1").await?, create(host, "vm2").await?);
+        // Another VM's initiator, with its own secret; a host's; a foreign one.
+        for initiator in [
+            other.initiator.clone(),
+            initiator("h1")?,
+            Iqn::new("iqn.2020-01.org.example:eve")?,
+        ] {
+            for chap in [None, other.chap.clone()] {
+                own.refuses(&initiator, chap).await?;
+            }
+            logged(host, &["no login", "access list", "disk:vm1", initiator.as_str()]).await?;
+        }
+        // Its name without its secret, or with another's.
+        let said = own.refuses(&own.initiator, None).await?;
+        ensure!(said.contains("authenti"), "{said}");
+        let held_now = held(host)?;
+        let stolen = held_now["disks"]["vm2"].as_str().context("vm2 has a secret")?;
+        let stolen = secret(stolen, &own.initiator)?;
+        own.refuses(&own.initiator, Some(stolen)).await?;
+        logged(host, &["authentication failed", "vm:vm1"]).await?;
+        let session = own.connect(&own.initiator, own.chap.clone()).await;
+        let session = session.map_err(anyhow::Error::msg)?;
+        // It is the same after the agent's restart, and another once the VM is made anew.
+        host.terminate().await?;
+        cluster.restart(host).await?;
+        session.close().await;
+        cluster.wait_known().await?;
+        let session = own.connect(&own.initiator, own.chap.clone()).await;
+        session.map_err(anyhow::Error::msg)?.close().await;
+        // What a person is shown: how to attach it, and the secret in a file of its own only.
+        let file = cluster.path().join("vm1.secret");
+        let path = file.to_str().context("a path of letters")?;
+        let shown = cluster
+            .treeboot(&["vm", "show", "vm1", "--secret-file", path])
+            .await?;
+        let json = cluster.treeboot(&["vm", "show", "vm1", "--json"]).await?;
+        let given = std::fs::read_to_string(&file)?;
+        ensure!(held(host)?["disks"]["vm1"] == given.as_str(), "another secret");
+        ensure!(
+            shown.contains("password-secret") && !shown.contains(&given),
+            "{shown}"
+        );
+        ensure!(
+            json.contains("\"chap\": true") && !json.contains(&given),
+            "{json}"
+        );
+        let mode = std::fs::metadata(&file)?.permissions().mode();
+        ensure!(mode & 0o777 == 0o600, "the mode of the secret's file is {mode:o}");
+        cluster.treeboot(&["vm", "destroy", "vm1"]).await?;
+        let again = create(host, "vm1").await?;
+        ensure!(again.chap != own.chap, "a new VM has the old one's secret");
+        again.refuses(&own.initiator, own.chap.clone()).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn without_an_authority_a_disk_still_goes_by_its_vms_name() -> Result<()> {
+    with_cluster("vm-names", Machine::Shared, Plan::default(), async |cluster| {
+        attach_all(cluster).await?;
+        let host = &cluster.hosts[0];
+        let (own, other) = (create(host, "vm1").await?, create(host, "vm2").await?);
+        ensure!(own.chap.is_none(), "there is nobody to give secrets");
+        own.refuses(&other.initiator, None).await?;
+        logged(host, &["no login", "access list", "disk:vm1", "vm:vm2"]).await?;
+        let session = own.connect(&own.initiator, None).await;
+        session.map_err(anyhow::Error::msg)?.close().await;
         Ok(())
     })
 }

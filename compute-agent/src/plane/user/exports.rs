@@ -8,7 +8,7 @@ use treeboot_iscsi::login::Chap;
 use treeboot_iscsi::scsi::AccessState;
 use treeboot_iscsi::scsi::alua::PortGroup;
 use treeboot_iscsi::target::{self, Book, Doorkeeper, LunSpec, TargetOptions, TargetSpec};
-use treeboot_types::{DATA_LUN, Digest, HASH_LUN, ImageId, Iqn};
+use treeboot_types::{DATA_LUN, Digest, HASH_LUN, ImageId, Iqn, VmName};
 
 use super::{DRAIN, UserPlane, differs, failed, missing};
 use crate::keys::Keys;
@@ -157,4 +157,27 @@ impl Doorkeeper for Children {
         }
         self.keys.child(initiator, &self.target)
     }
+}
+
+/// The front end of one VM.
+struct FrontEnd {
+    keys: Arc<Keys>,
+    vm: VmName,
+}
+
+impl Doorkeeper for FrontEnd {
+    fn asks(&self, initiator: &Iqn) -> Option<Chap> {
+        (*initiator == Iqn::of_vm(&self.vm))
+            .then(|| self.keys.disk(&self.vm))
+            .flatten()
+    }
+}
+
+/// Who may use a VM's disk: its own initiator, and nobody else's.
+pub(super) fn front_end(keys: &Arc<Keys>, vm: &VmName) -> target::Access {
+    if keys.is_secure() {
+        let (keys, vm) = (Arc::clone(keys), vm.clone());
+        return target::Access::Book(Book(Arc::new(FrontEnd { keys, vm })));
+    }
+    target::Access::Initiators([Iqn::of_vm(vm)].into())
 }

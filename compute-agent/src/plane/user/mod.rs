@@ -25,7 +25,7 @@ use treeboot_block::{
     BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError, DeltaMeta, Disk,
     ImageContent, Reader,
 };
-use treeboot_iscsi::target::{self, BindError, LunSpec, Server, ServerConfig, TargetSpec};
+use treeboot_iscsi::target::{BindError, LunSpec, Server, ServerConfig, TargetSpec};
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
 
 use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
@@ -316,7 +316,7 @@ impl UserPlane {
                 product: "disk".into(),
                 ident: short,
             }],
-            access: target::Access::Anyone,
+            access: exports::front_end(&self.settings.keys, vm),
         });
         added.map_err(|source| failed(format!("serving the disk of VM '{vm}'"), source))?;
         let open = OpenDisk { disk: wanted, delta };

@@ -124,6 +124,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
         Ok(DiskSource::Iscsi {
             url: url.parse::<IscsiUrl>()?,
             initiator: initiator.clone(),
+            secret_file: None,
         })
     };
     let ways = [
