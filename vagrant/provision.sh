@@ -8,6 +8,7 @@
 #   provision.sh run ROLE NAME ADDRESS COORDINATOR_URL [ARG...]   becomes the daemon of that role
 # ROLE is coordinator, origin or host.
 # TREEBOOT_PLANE is user (unless told otherwise) or kernel; TREEBOOT_LIB is where state is kept, /var/lib/treeboot.
+# Beside the programs may lie what the lab's authority made: identity/ for the coordinator, join.token for an agent, admin.pem for people.
 set -euo pipefail
 
 programs=/tmp/treeboot
@@ -100,12 +101,36 @@ install_packages() {
   fi
 }
 
+# Who the machine is: the coordinator's authority, or the token by which an agent joins once. People on it are the lab's admin.
+install_identity() { # role
+  if [ "$1" = coordinator ] && [ -d "$programs/identity" ] && ! [ -e "$lib/coordinator/identity/authority.pem" ]; then
+    mkdir -p "$lib/coordinator"
+    chmod 0700 "$lib/coordinator"
+    cp -R "$programs/identity" "$lib/coordinator/"
+    chmod -R go= "$lib/coordinator/identity"
+  fi
+  if [ "$1" != coordinator ] && [ -e "$programs/join.token" ]; then
+    install -D -m 0600 "$programs/join.token" "$lib/join.token"
+  fi
+  if [ -e "$programs/admin.pem" ]; then
+    # Whoever has a shell on a machine of the lab is its admin.
+    install -D -m 0644 "$programs/admin.pem" /usr/local/lib/treeboot/admin.pem
+  fi
+  rm -rf "$programs/identity" "$programs/join.token" "$programs/admin.pem"
+}
+
 install_service() { # role, name, address, URL
   local unit=treeboot-agent user_plane_needs=
   [ "$1" = coordinator ] && unit=treeboot-coordinator
   [ "$1" = coordinator ] || user_plane_needs="ExecStartPre=/usr/local/lib/treeboot/provision.sh prepare"
   printf 'TREEBOOT_COORDINATOR=%s\nTREEBOOT_PLANE=%s\n' "$4" "$plane" >/etc/treeboot.env
   printf 'export TREEBOOT_COORDINATOR=%s\n' "$4" >/etc/profile.d/treeboot.sh
+  if [ "$1" != coordinator ] && [ -e "$lib/join.token" ]; then
+    echo "TREEBOOT_JOIN_TOKEN_FILE=$lib/join.token" >>/etc/treeboot.env
+  fi
+  if [ -e /usr/local/lib/treeboot/admin.pem ]; then
+    echo 'export TREEBOOT_IDENTITY=/usr/local/lib/treeboot/admin.pem' >>/etc/profile.d/treeboot.sh
+  fi
   cat >"/etc/systemd/system/$unit.service" <<UNIT
 [Unit]
 Description=treeboot, $1
@@ -148,6 +173,7 @@ case $verb in
     need_role "$1"
     install_programs
     [ "$1" = coordinator ] || install_packages
+    install_identity "$1"
     install_service "$@"
     ;;
   *)

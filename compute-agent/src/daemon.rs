@@ -128,6 +128,18 @@ pub enum DaemonError {
         /// As given.
         address: SocketAddr,
     },
+    /// Nobody would be asked who they are.
+    #[error(
+        "host '{host}' has no certificate, so {address} would be open to everybody; where the coordinator runs, make a token \
+         (treeboot-coordinator token create --host {host}) and start the agent with --join-token-file, or say --insecure and listen on \
+         loopback only"
+    )]
+    NoIdentity {
+        /// Whose.
+        host: HostName,
+        /// As given.
+        address: SocketAddr,
+    },
     /// No identity.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -243,6 +255,15 @@ impl Daemon {
                 (Acceptance::mutual(&own.holder)?, own.dialer()?, Some(authority))
             }
             None => {
+                let open = [options.listen, options.portal]
+                    .into_iter()
+                    .find(|address| !address.ip().is_loopback());
+                if let Some(address) = open {
+                    return Err(DaemonError::NoIdentity {
+                        host: options.name.clone(),
+                        address,
+                    });
+                }
                 tracing::warn!(%address, "this host has no certificate and asks for none: whoever reaches it can use it");
                 (Acceptance::Insecure, Dialer::Insecure, None)
             }

@@ -165,6 +165,17 @@ pub enum DaemonError {
         /// As given.
         address: SocketAddr,
     },
+    /// Nobody would be asked who they are.
+    #[error(
+        "there is no authority in {}, so {address} would be open to everybody; make one: treeboot-coordinator init --state {} (hosts then \
+         join by tokens, docs/security.md says how), or say --insecure and listen on loopback only", dir.display(), dir.display()
+    )]
+    NoAuthority {
+        /// The state directory.
+        dir: PathBuf,
+        /// As given.
+        address: SocketAddr,
+    },
     /// `--insecure` where certificates are wanted.
     #[error("{} holds an authority, and --insecure would let everybody in; leave it out", dir.display())]
     InsecureAuthority {
@@ -304,6 +315,12 @@ impl Daemon {
         if options.insecure && !security.is_none() {
             return Err(DaemonError::InsecureAuthority {
                 dir: options.state.clone(),
+            });
+        }
+        if security.is_none() && !options.listen.ip().is_loopback() {
+            return Err(DaemonError::NoAuthority {
+                dir: options.state.clone(),
+                address: options.listen,
             });
         }
         // The listener first: it costs nothing and fails fast.

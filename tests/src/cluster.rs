@@ -9,10 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use treeboot_identity::tls::Dialer;
-use treeboot_identity::{Credentials, Holder, Who};
-use treeboot_types::HostName;
-
+use crate::authority;
 use crate::binaries::Binaries;
 use crate::daemon::{Daemon, DaemonSpec};
 use crate::network::Network;
@@ -35,7 +32,7 @@ pub struct Plan {
     pub coordinator_args: Vec<String>,
     /// Further arguments of every agent, the origin's too.
     pub agent_args: Vec<String>,
-    /// Each host in a network namespace of its own. The calling thread moves into the hub's namespace.
+    /// Each host in a network namespace of its own. The calling thread moves into the hub's namespace. Implies [`Plan::secure`].
     pub namespaces: bool,
     /// Loopback over IPv6.
     pub ipv6: bool,
@@ -145,7 +142,8 @@ impl Cluster {
             binaries,
             scratch,
         };
-        if plan.secure {
+        // Beyond loopback no daemon starts without.
+        if plan.secure || plan.namespaces {
             cluster.secure()?;
         }
         Ok(cluster)
@@ -153,24 +151,14 @@ impl Cluster {
 
     /// Makes the authority, a token for all hosts, and an admin.
     fn secure(&self) -> Result<()> {
-        self.coordinator_says(&["init"])?;
-        let uses = self.agents().count().to_string();
-        let token = self.coordinator_says(&["token", "create", "--uses", &uses])?;
-        let admin = self.coordinator_says(&["user", "create", "admin", "--role", "admin"])?;
-        std::fs::write(self.admin_path(), &admin)?;
-        let admin = Holder::new(Credentials::from_pem(admin.as_bytes(), "the admin")?);
-        self.coordinator
-            .set_dialer(Dialer::mutual(&admin, Who::Coordinator)?);
+        let (scratch, state) = (&self.scratch, self.coordinator_state());
+        let hosts = self.agents().count();
+        let token = authority::make(scratch, &self.binaries, &state, &self.coordinator, hosts)?;
         for agent in self.agents() {
-            let who = Who::Host(HostName::new(agent.name())?);
-            agent.set_dialer(Dialer::mutual(&admin, who)?);
-            agent.set_env("TREEBOOT_JOIN_TOKEN", token.trim());
+            authority::trust(scratch, agent)?;
+            agent.set_env("TREEBOOT_JOIN_TOKEN", &token);
         }
         Ok(())
-    }
-
-    fn admin_path(&self) -> PathBuf {
-        self.scratch.path().join("admin.pem")
     }
 
     /// Where the coordinator keeps its state.
@@ -184,21 +172,7 @@ impl Cluster {
     /// # Errors
     /// It did not succeed; the error holds its words.
     pub fn coordinator_says(&self, args: &[&str]) -> Result<String> {
-        let mut command = self.scratch.command(self.binaries.coordinator());
-        let output = command
-            .args(args)
-            .env("TREEBOOT_STATE", self.coordinator_state())
-            .output()
-            .context("could not start treeboot-coordinator")?;
-        if !output.status.success() {
-            bail!(
-                "treeboot-coordinator {} ended with {}: {}",
-                args.join(" "),
-                output.status,
-                String::from_utf8_lossy(&output.stderr).trim()
-            );
-        }
-        Ok(String::from_utf8(output.stdout)?)
+        authority::says(&self.scratch, &self.binaries, &self.coordinator_state(), args)
     }
 
     /// Starts the origin and all hosts, at the same time, and waits until the coordinator knows them.
@@ -306,8 +280,9 @@ impl Cluster {
             .args(args)
             .env("TREEBOOT_COORDINATOR", self.coordinator.url()?)
             .env("NO_COLOR", "1");
-        if self.admin_path().exists() {
-            command.env("TREEBOOT_IDENTITY", self.admin_path());
+        let admin = authority::admin_path(&self.scratch);
+        if admin.exists() {
+            command.env("TREEBOOT_IDENTITY", admin);
         }
         tokio::process::Command::from(command)
             .kill_on_drop(true)

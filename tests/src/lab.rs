@@ -22,6 +22,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::authority;
 use crate::binaries::Binaries;
 use crate::daemon::{Daemon, DaemonSpec};
 use crate::need::Need;
@@ -74,6 +75,8 @@ pub struct Left {
     pub coordinator: String,
     /// Its programs' folder.
     pub programs: PathBuf,
+    /// An admin's identity.
+    pub identity: PathBuf,
     /// The hosts.
     pub hosts: Vec<LeftHost>,
 }
@@ -149,16 +152,26 @@ impl Lab {
         network.add_control()?;
         network.enter()?;
         let lab = Self::with_daemons(scratch, binaries, network, spec)?;
+        // The daemons listen beyond loopback, so they want to know who asks.
+        let token = authority::make(
+            &lab.scratch,
+            &lab.binaries,
+            &lab.scratch.path().join("coordinator/state"),
+            &lab.coordinator,
+            spec.hosts.len() + 1,
+        )?;
+        authority::trust(&lab.scratch, &lab.origin)?;
         lab.coordinator.start(&lab.scratch).await?;
         let url = lab.coordinator.url()?;
         say(&format!("the coordinator serves at {url}"));
         let mut lab = lab;
-        lab.add_hosts(&url, spec)?;
+        lab.add_hosts(&url, &token, spec)?;
         for host in &lab.hosts {
             host.boot(&lab.scratch)?;
         }
         say(&format!("{} hosts boot", lab.hosts.len()));
         lab.origin.set_env("TREEBOOT_COORDINATOR", &url);
+        lab.origin.set_env("TREEBOOT_JOIN_TOKEN", &token);
         lab.origin.start(&lab.scratch).await?;
         futures_util::future::try_join_all(lab.hosts.iter().map(LabHost::wait_up)).await?;
         say("all agents serve");
@@ -225,12 +238,13 @@ impl Lab {
         })
     }
 
-    fn add_hosts(&mut self, coordinator: &str, spec: &LabSpec) -> Result<()> {
+    fn add_hosts(&mut self, coordinator: &str, token: &str, spec: &LabSpec) -> Result<()> {
         let folder = self.binaries.folder().to_path_buf();
         let programs = host::Programs {
             lab: self.binaries.test_program("treeboot-lab")?,
             folder,
             provision: provision_script(),
+            token: token.to_owned(),
         };
         for (number, spec) in (1..).zip(&spec.hosts) {
             let host = LabHost::prepare(&self.scratch, &self.network, &programs, coordinator, number, spec)?;
@@ -244,6 +258,7 @@ impl Lab {
             namespace: self.network.hub_namespace().to_owned(),
             coordinator: self.coordinator.url()?,
             programs: self.binaries.folder().to_path_buf(),
+            identity: authority::admin_path(&self.scratch),
             hosts: self
                 .hosts
                 .iter()
@@ -344,6 +359,7 @@ impl Lab {
         command
             .args(args)
             .env("TREEBOOT_COORDINATOR", self.coordinator.url()?)
+            .env("TREEBOOT_IDENTITY", authority::admin_path(&self.scratch))
             .env("NO_COLOR", "1");
         tokio::process::Command::from(command)
             .kill_on_drop(true)

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod authority;
 pub mod binaries;
 pub mod cluster;
 pub mod daemon;

@@ -110,6 +110,8 @@ pub(super) struct Programs {
     pub(super) lab: PathBuf,
     /// The script that makes a machine a host.
     pub(super) provision: PathBuf,
+    /// Lets the host's agent join.
+    pub(super) token: String,
 }
 
 /// A host: its kernel runs, or not.
@@ -227,13 +229,14 @@ impl LabHost {
         let quoted: Vec<String> = args.iter().map(|arg| format!("'{arg}'")).collect();
         format!(
             "rm -f /run/treeboot-agent.json\n\
-             export PATH={folder}:$PATH TREEBOOT_PLANE={plane} NO_COLOR=1 TREEBOOT_LOG=${{TREEBOOT_LOG:-info}}\n\
+             export PATH={folder}:$PATH TREEBOOT_PLANE={plane} TREEBOOT_JOIN_TOKEN={token} NO_COLOR=1 TREEBOOT_LOG=${{TREEBOOT_LOG:-info}}\n\
              setsid {provision} run host {name} {address} {coordinator} --ready-file /run/treeboot-agent.json {args} \
              </dev/null >/dev/console 2>&1 &\n\
              echo $! > /run/treeboot-agent.pid\n",
             folder = programs.folder.display(),
             provision = programs.provision.display(),
             plane = self.plane.name(),
+            token = programs.token,
             name = self.name,
             address = self.address(),
             args = quoted.join(" "),

@@ -519,6 +519,24 @@ fn without_certificates_a_daemon_binds_loopback_only() -> Result<()> {
             said.contains("--insecure is for loopback addresses only"),
             "{said}"
         );
+        // Nor does one start that says nothing of it: it names both ways out.
+        let silent = |mut command: std::process::Command, args: &[&str]| -> Result<String> {
+            let output = command.args(args).output()?;
+            ensure!(!output.status.success(), "it started");
+            Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let command = cluster.scratch().command(cluster.coordinator_path());
+        let said = silent(command, &["--state", state, "--listen", "0.0.0.0:0"])?;
+        ensure!(
+            said.contains("treeboot-coordinator init --state") && said.contains("--insecure"),
+            "{said}"
+        );
+        let command = cluster.scratch().command(cluster.agent_path());
+        let said = silent(command, &args)?;
+        ensure!(
+            said.contains("token create --host h1") && said.contains("--insecure"),
+            "{said}"
+        );
         // Nor is it a way around an authority.
         cluster.coordinator_says(&["init"])?;
         let state = cluster.coordinator_state();

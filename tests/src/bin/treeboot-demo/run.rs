@@ -35,6 +35,7 @@ pub(crate) async fn run(options: &Options) -> Result<Report> {
         "demo",
         &Plan {
             hosts: usize::from(options.hosts),
+            secure: true,
             ..Plan::default()
         },
     )

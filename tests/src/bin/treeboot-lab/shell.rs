@@ -40,9 +40,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         .context("the lab's namespace; `cargo xtask lab down` removes what is left")?;
     let terminal = std::io::stdin().is_terminal() && options.command.is_empty();
     let environment = format!(
-        "export PATH={}:$PATH TREEBOOT_COORDINATOR={} TERM={} HOME=/root; cd /root; ",
+        "export PATH={}:$PATH TREEBOOT_COORDINATOR={} TREEBOOT_IDENTITY={} TERM={} HOME=/root; cd /root; ",
         lab.programs.display(),
         lab.coordinator,
+        lab.identity.display(),
         quoted(&std::env::var("TERM").unwrap_or_else(|_| "dumb".into())),
     );
     let what = match (options.command.as_slice(), terminal) {
