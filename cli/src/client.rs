@@ -2,6 +2,7 @@
 //!
 //! Every call is bounded by `--timeout`; names were validated before anything is sent.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -169,8 +170,17 @@ impl Coordinator {
 
     /// The record of an image; the newest version where `image` has none.
     pub(crate) async fn image(&self, image: &ImageRef) -> Result<v1::Image, Failure> {
+        Ok(self.labelled_image(image).await?.0)
+    }
+
+    /// An image's record, and its labels.
+    pub(crate) async fn labelled_image(
+        &self,
+        image: &ImageRef,
+    ) -> Result<(v1::Image, BTreeMap<String, String>), Failure> {
         let request = v1::GetImageRequest {
             id: Some(image.into()),
+            role: String::new(),
         };
         let doing = format!("look up the image '{}'", image_words(image));
         let answer = self
@@ -180,7 +190,27 @@ impl Coordinator {
                 Exit::NotFound => failure.advice("see which there are: treeboot image list"),
                 _ => failure,
             })?;
-        answer.image.ok_or_else(|| incomplete(&self.peer, "image"))
+        let image = answer.image.ok_or_else(|| incomplete(&self.peer, "image"))?;
+        Ok((image, answer.labels.into_iter().collect()))
+    }
+
+    /// Sets and removes labels of an image's name; gives all that it has then.
+    pub(crate) async fn label_image(
+        &self,
+        name: &str,
+        set: &[(String, String)],
+        remove: &[String],
+    ) -> Result<BTreeMap<String, String>, Failure> {
+        let request = v1::LabelImageRequest {
+            name: name.to_owned(),
+            set: set.iter().cloned().collect(),
+            remove: remove.to_vec(),
+        };
+        let doing = format!("label the image '{name}'");
+        let answer = self
+            .call(&doing, self.client.clone().label_image(request))
+            .await?;
+        Ok(answer.labels.into_iter().collect())
     }
 
     /// The records of all images, by name and version.

@@ -392,7 +392,13 @@ impl Daemon {
         security.keep_new(stopped.clone());
         let face = crate::face::face(security.is_none());
         let life: Arc<dyn Vitals> = Arc::new(Life::new(handle.clone(), Instant::now()));
-        let service = CoordinatorService::new(handle, security.registrar, security.edges, stopped.clone());
+        let service = CoordinatorService::new(
+            handle,
+            security.registrar,
+            security.edges,
+            security.rules,
+            stopped.clone(),
+        );
         let service = CoordinatorServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let services = http::services(&face, Routes::new(service), &life, stopped.clone())?;
         let router = http::router(&face, life, security.gate.over(services))?;

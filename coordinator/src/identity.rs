@@ -16,6 +16,7 @@ use treeboot_proto::v1;
 use treeboot_types::HostName;
 
 use crate::rpc::Edges;
+use crate::rules::{Rules, RulesError};
 
 /// How long the coordinator's own certificate holds. It is made anew at each start and at two thirds of this; nobody keeps it.
 const OWN_LIFE: Duration = Duration::from_secs(30 * 86_400);
@@ -278,6 +279,9 @@ pub enum SecurityError {
     /// The key of the edges' secrets.
     #[error(transparent)]
     Edges(#[from] EdgesError),
+    /// Labels of images.
+    #[error(transparent)]
+    Rules(#[from] RulesError),
 }
 
 /// How the coordinator takes connections in, and what it needs for it.
@@ -290,6 +294,8 @@ pub struct Security {
     pub registrar: Registrar,
     /// Secrets by which hosts read from each other.
     pub edges: Edges,
+    /// Who may use which image.
+    pub rules: Arc<Rules>,
     own: Option<Holder>,
 }
 
@@ -302,6 +308,7 @@ impl Security {
             gate: Gate::new(None),
             registrar: Registrar { desk: None },
             edges: Edges::default(),
+            rules: Arc::default(),
             own: None,
         }
     }
@@ -311,8 +318,12 @@ impl Security {
     /// # Errors
     /// [`SecurityError`].
     pub fn open(state: &Path, host_life: Duration) -> Result<Self, SecurityError> {
+        let rules = Arc::new(Rules::open(state)?);
         let Some(authority) = Authority::open(&authority::dir(state))? else {
-            return Ok(Self::none());
+            return Ok(Self {
+                rules,
+                ..Self::none()
+            });
         };
         let own = Holder::new(authority.issue(&Who::Coordinator, OWN_LIFE)?);
         let edges = Edges::of(EdgeKey::open(authority.dir())?);
@@ -328,6 +339,7 @@ impl Security {
                 })),
             },
             edges,
+            rules,
             own: Some(own),
         })
     }

@@ -13,5 +13,6 @@ pub mod identity;
 mod note;
 pub mod owner;
 pub mod rpc;
+pub mod rules;
 pub mod store;
 pub mod tree;

@@ -276,6 +276,7 @@ async fn queries_show_hosts_images_trees_and_candidates() {
             name: "debian".into(),
             version: 0,
         }),
+        role: String::new(),
     };
     assert!(admin.get_image(newest).await.is_ok());
     let search = v1::SearchRequest {

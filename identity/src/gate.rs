@@ -41,6 +41,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Coordinator/GetTree", Need::Person(Role::Viewer)),
     ("Coordinator/AddImage", Need::HostOr(Role::Admin)),
     ("Coordinator/RemoveImage", Need::Person(Role::Admin)),
+    ("Coordinator/LabelImage", Need::Person(Role::Admin)),
     ("Agent/List", Need::Person(Role::Viewer)),
     ("Agent/Status", Need::Person(Role::Viewer)),
     ("Agent/AccessMap", Need::Person(Role::Viewer)),
@@ -112,6 +113,10 @@ impl Need {
     }
 }
 
+/// Who asks, as the gate found: put beside the request where there is a certificate or a bearer token.
+#[derive(Debug, Clone)]
+pub struct Caller(pub Who);
+
 /// The layer. Requests on connections without TLS pass: whoever chose that wants no gate.
 #[derive(Debug, Clone)]
 pub struct Gate {
@@ -132,10 +137,10 @@ impl Gate {
         self.layer(inner)
     }
 
-    fn judge(&self, path: &str, peer: Option<&Peer>, headers: &HeaderMap) -> Result<(), Status> {
+    fn judge(&self, path: &str, peer: Option<&Peer>, headers: &HeaderMap) -> Result<Option<Who>, Status> {
         let need = need(path);
         let address = match peer {
-            Some(Peer::Insecure) => return Ok(()),
+            Some(Peer::Insecure) => return Ok(None),
             Some(Peer::Unknown { address } | Peer::Known { address, .. }) => address.to_string(),
             None => "somewhere".into(),
         };
@@ -145,7 +150,7 @@ impl Gate {
             Err(status)
         };
         if need == Need::Nothing {
-            return Ok(());
+            return Ok(None);
         }
         // A certificate counts before a token.
         let who = match (peer, bearer(headers), &self.authority) {
@@ -166,7 +171,7 @@ impl Gate {
             }
         };
         if need.met_by(&who) {
-            return Ok(());
+            return Ok(Some(who));
         }
         let status = Status::permission_denied(format!("{verb} needs {}; this is {who}", need.words()));
         refuse(&who.to_string(), status)
@@ -209,10 +214,15 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let peer = request.extensions().get::<Peer>();
         match self.gate.judge(request.uri().path(), peer, request.headers()) {
-            Ok(()) => Answer::Asked(Box::pin(self.inner.call(request))),
+            Ok(who) => {
+                if let Some(who) = who {
+                    request.extensions_mut().insert(Caller(who));
+                }
+                Answer::Asked(Box::pin(self.inner.call(request)))
+            }
             Err(status) => Answer::Refused(Some(Box::new(status.into_http()))),
         }
     }

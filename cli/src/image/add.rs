@@ -37,6 +37,9 @@ pub(crate) struct ImportArgs {
     name: ImageRef,
     #[command(flatten)]
     to: ToHost,
+    /// A label, KEY=VALUE, as 'image label' sets it, before the image is there; may be given several times
+    #[arg(long = "label", value_name = "LABEL", value_parser = super::label::pair)]
+    labels: Vec<(String, String)>,
     /// Take the file for this format, whatever its content says
     #[arg(long, value_enum)]
     format: Option<FormatName>,
@@ -117,6 +120,12 @@ pub(super) async fn import(options: &Options, args: ImportArgs) -> Result<(), Fa
     let host = choose_store(&coordinator.hosts().await?, args.to.host.as_ref())?;
     let agent = Agent::connect(&host, options.timeout).await?;
     let address = host.info.as_ref().map_or("", |info| &info.agent_address);
+    if !args.labels.is_empty() {
+        // First, so that nobody uses it for a moment who may not.
+        coordinator
+            .label_image(args.name.name.as_str(), &args.labels, &[])
+            .await?;
+    }
     eprintln!(
         "importing '{}' ({}{}, {}, {} in use) into the store of host '{}', agent at {}",
         source.path().display(),

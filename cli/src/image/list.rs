@@ -29,6 +29,14 @@ pub(crate) struct ImageJson {
     origins: Vec<OriginJson>,
 }
 
+/// One image in `--json`.
+#[derive(Debug, Serialize)]
+struct ShownJson {
+    #[serde(flatten)]
+    image: ImageJson,
+    labels: BTreeMap<String, String>,
+}
+
 #[derive(Debug, Serialize)]
 struct OriginJson {
     host: Option<String>,
@@ -113,11 +121,20 @@ fn render_list(images: &[ImageJson]) -> String {
 
 /// `image show`.
 pub(super) async fn show(options: &Options, image: &ImageRef, json: JsonFlag) -> Result<(), Failure> {
-    let image = ImageJson::from(Coordinator::connect(options).await?.image(image).await?);
+    let (image, labels) = Coordinator::connect(options).await?.labelled_image(image).await?;
+    let image = ShownJson {
+        image: image.into(),
+        labels,
+    };
     if json.json {
         return output::print_json(&image);
     }
-    output::print_text(&render(&image))
+    let mut text = render(&image.image);
+    for (key, value) in &image.labels {
+        text += &output::printable(&format!("  label     {key}={value}"));
+        text += "\n";
+    }
+    output::print_text(&text)
 }
 
 fn render(image: &ImageJson) -> String {

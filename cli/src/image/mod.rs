@@ -2,6 +2,7 @@
 
 mod add;
 mod attach;
+mod label;
 mod list;
 
 use treeboot_proto::v1;
@@ -29,6 +30,7 @@ pub(crate) enum ImageVerb {
         #[command(flatten)]
         json: JsonFlag,
     },
+    Label(label::LabelArgs),
     /// Remove an image: its record at the coordinator and its bytes on the origins that store it
     #[command(
         after_help = "Example:\n  treeboot image remove debian@1\n  treeboot image remove debian@1 --force"
@@ -51,6 +53,7 @@ pub(crate) async fn run(options: &Options, verb: ImageVerb) -> Result<(), Failur
         ImageVerb::Register(args) => add::register(options, args).await,
         ImageVerb::List(json) => list::list(options, json).await,
         ImageVerb::Show { image, json } => list::show(options, &image, json).await,
+        ImageVerb::Label(args) => label::label(options, args).await,
         ImageVerb::Remove { image, force } => list::remove(options, &image, force).await,
         ImageVerb::Attach(args) => attach::attach(options, args).await,
         ImageVerb::Detach(args) => attach::detach(options, args).await,

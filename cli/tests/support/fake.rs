@@ -200,11 +200,17 @@ impl Coordinator for FakeCoordinator {
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Answer<v1::GetImageResponse> {
         let image = Some(self.find(request.into_inner().id)?);
-        Ok(Response::new(v1::GetImageResponse { image }))
+        Ok(Response::new(v1::GetImageResponse {
+            image,
+            labels: Default::default(),
+        }))
     }
     async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Answer<v1::ListImagesResponse> {
         let images = self.world.lock().unwrap().images.clone();
         Ok(Response::new(v1::ListImagesResponse { images }))
+    }
+    async fn label_image(&self, _: Request<v1::LabelImageRequest>) -> Answer<v1::LabelImageResponse> {
+        Err(Status::unimplemented("not in this play"))
     }
     async fn remove_image(
         &self,

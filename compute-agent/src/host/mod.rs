@@ -9,11 +9,12 @@ mod error;
 mod mend;
 mod report;
 mod restore;
+mod secure;
 mod stored;
 pub(crate) mod view;
 mod vm;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,8 +24,9 @@ use tokio::sync::{OnceCell, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use treeboot_hypervisor::{Hypervisor, ProbeError};
+use treeboot_identity::Role;
 use treeboot_types::{
-    Attachment, Digest, HostInfo, HostName, Image, ImageId, ImageRef, Labels, Portal, VmName,
+    Attachment, Digest, HostInfo, HostName, Image, ImageId, ImageName, ImageRef, Labels, Portal, VmName,
 };
 
 use crate::apply::{Applier, ReachError};
@@ -88,6 +90,8 @@ pub(crate) struct Shared {
     bases: Mutex<HashMap<Digest, mpsc::Sender<BaseMsg>>>,
     vms: Mutex<BTreeMap<VmName, VmHandle>>,
     imports: stored::Imports,
+    /// Who may use what, as the coordinator said last.
+    allowed: Mutex<BTreeSet<(ImageName, Role)>>,
 }
 
 /// The host. Clones share it.
@@ -204,6 +208,7 @@ impl Host {
                 bases: Mutex::default(),
                 vms: Mutex::default(),
                 imports: stored::Imports::default(),
+                allowed: Mutex::default(),
             }),
             started: tokio::time::Instant::now(),
         };
@@ -246,31 +251,6 @@ impl Host {
         };
         self.shared.info.lock().runs_vms = runs_vms;
         self.shared.board.changed.notify_one();
-    }
-
-    /// Has the plane use the secrets of the moment, now and at each change.
-    async fn rekey(&self) {
-        if !self.shared.settings.keys.is_secure() {
-            return;
-        }
-        let stop = self.shared.stop.clone();
-        let mut changes = self.shared.settings.keys.changes();
-        loop {
-            changes.mark_unchanged();
-            if let Err(error) = self.plane().rekey().await {
-                tracing::error!(error = %chain(&error), "not all of iSCSI uses the new secrets");
-            }
-            // Children whose secrets were not known may come now.
-            let bases: Vec<_> = self.shared.bases.lock().values().cloned().collect();
-            for base in bases {
-                let (reply, _) = oneshot::channel();
-                let _ = base.send(BaseMsg::Changed { reply }).await;
-            }
-            tokio::select! {
-                () = stop.cancelled() => return,
-                changed = changes.changed() => if changed.is_err() { return },
-            }
-        }
     }
 
     async fn route(&self, mut events: mpsc::Receiver<LinkEvent>, refused: oneshot::Sender<Refused>) {
@@ -523,11 +503,6 @@ impl Host {
         let desired = self.desired();
         let reports = desired.vms.keys().map(|vm| self.report(vm));
         futures_util::future::join_all(reports).await
-    }
-
-    /// What a VM's front end proves itself by at its disk; none where nobody is asked.
-    pub fn disk_secret(&self, vm: &VmName) -> Option<String> {
-        self.shared.settings.keys.disk_secret(vm)
     }
 
     /// The plane.

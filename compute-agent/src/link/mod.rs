@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint as Address};
+use treeboot_identity::Role;
 use treeboot_identity::tls::Dialer;
 use treeboot_proto::v1;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
@@ -232,8 +233,17 @@ impl Link {
     /// # Errors
     /// [`LinkError`].
     pub async fn image(&self, image: &ImageRef) -> Result<Image, LinkError> {
+        self.image_for(image, None).await
+    }
+
+    /// An image's record, asked for on behalf of somebody of this role.
+    ///
+    /// # Errors
+    /// [`LinkError`]; refused where that role may not use the image.
+    pub async fn image_for(&self, image: &ImageRef, role: Option<Role>) -> Result<Image, LinkError> {
         let request = v1::GetImageRequest {
             id: Some(image.into()),
+            role: role.map(|role| role.to_string()).unwrap_or_default(),
         };
         let mut client = self.client.clone();
         let response = self.call(client.get_image(request)).await?;

@@ -8,6 +8,8 @@ pub(crate) use convert::status as status_of;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use treeboot_identity::gate::Caller;
+use treeboot_identity::{Role, Who};
 use treeboot_proto::v1;
 use treeboot_proto::v1::agent_server::Agent;
 use treeboot_proto::{image_id, image_id_or_newest};
@@ -64,6 +66,16 @@ impl Service {
             user: Iqn::of_vm(vm).to_string(),
             secret: self.host.disk_secret(vm)?,
         })
+    }
+
+    /// Whether whoever asks may use an image: the coordinator says which roles may. Hosts' own labels are looked at where it is attached.
+    async fn may_use<T>(&self, request: &Request<T>, image: &ImageRef) -> Result<(), Status> {
+        match request.extensions().get::<Caller>() {
+            Some(Caller(Who::Person { role, .. })) if *role < Role::Admin => {
+                self.host.may_use(image, *role).await.map_err(status)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn not_yet<T>(&self, verb: &'static str) -> Result<T, Status> {
@@ -169,9 +181,9 @@ impl Agent for Service {
         &self,
         request: Request<v1::CreateRequest>,
     ) -> Result<Response<v1::CreateResponse>, Status> {
-        let request = request.into_inner();
-        let vm = vm_name(&request.vm)?;
-        let image = image_id_or_newest(request.image.as_ref()).map_err(invalid)?;
+        let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
+        self.may_use(&request, &image).await?;
+        let vm = vm_name(&request.into_inner().vm)?;
         let (host, name) = (self.host.clone(), vm.clone());
         whole(async move { host.create(&name, &image).await }).await?;
         let disk = self.disk(&vm).map_err(status)?;
@@ -229,7 +241,8 @@ impl Agent for Service {
         request: Request<v1::AttachRequest>,
     ) -> Result<Response<v1::AttachResponse>, Status> {
         let asked = tokio::time::Instant::now();
-        let image: ImageRef = image_id_or_newest(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let image: ImageRef = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
+        self.may_use(&request, &image).await?;
         let host = self.host.clone();
         let image = whole(async move { host.attach(&image).await }).await?;
         let attachment = self
@@ -315,6 +328,10 @@ impl Agent for Service {
         &self,
         request: Request<v1::StartVmRequest>,
     ) -> Result<Response<v1::StartVmResponse>, Status> {
+        if request.get_ref().image.is_some() {
+            let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
+            self.may_use(&request, &image).await?;
+        }
         let request = request.into_inner();
         let vm = vm_name(&request.vm)?;
         let start = convert::start_request(request)?;

@@ -302,7 +302,10 @@ impl Coordinator for Play {
         request: Request<v1::GetImageRequest>,
     ) -> Result<Response<v1::GetImageResponse>, Status> {
         let image = Some(self.0.lock().find(request.into_inner().id.as_ref())?);
-        Ok(Response::new(v1::GetImageResponse { image }))
+        Ok(Response::new(v1::GetImageResponse {
+            image,
+            labels: Default::default(),
+        }))
     }
 
     async fn list_images(
@@ -311,6 +314,13 @@ impl Coordinator for Play {
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
         let images = self.0.lock().images.clone();
         Ok(Response::new(v1::ListImagesResponse { images }))
+    }
+
+    async fn label_image(
+        &self,
+        _: Request<v1::LabelImageRequest>,
+    ) -> Result<Response<v1::LabelImageResponse>, Status> {
+        Err(Status::unimplemented("not in this play"))
     }
 
     async fn remove_image(

@@ -1,5 +1,6 @@
 //! One heartbeat stream: beats inward, pushes outward through a bounded queue.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{mpsc, watch};
@@ -10,7 +11,8 @@ use treeboot_proto::v1;
 
 use crate::owner::{CallError, Handle, OUTGOING};
 use crate::rpc::{Edges, convert};
-use crate::tree::{Push, StreamId};
+use crate::rules::Rules;
+use crate::tree::{HostState, Push, StreamId};
 
 type Sender = mpsc::Sender<Result<v1::Push, Status>>;
 
@@ -23,6 +25,7 @@ pub(super) async fn open(
     mut stop: watch::Receiver<bool>,
     peer: Peer,
     edges: Edges,
+    rules: Arc<Rules>,
     beats: Streaming<v1::Beat>,
 ) -> Result<ReceiverStream<Result<v1::Push, Status>>, CallError> {
     let stream = StreamId(next.fetch_add(1, Ordering::Relaxed));
@@ -31,7 +34,7 @@ pub(super) async fn open(
     let (sender, receiver) = mpsc::channel(IN_TRANSIT);
     tokio::spawn(async move {
         let outward = forward(queued, sender.clone(), &peer, &edges, &owner);
-        let inward = take_in(beats, sender.clone(), stream, &peer, &edges, &owner);
+        let inward = take_in(beats, sender.clone(), stream, &peer, &edges, &rules, &owner);
         tokio::select! {
             () = inward => {}
             () = outward => {}
@@ -49,6 +52,7 @@ async fn take_in(
     stream: StreamId,
     peer: &Peer,
     edges: &Edges,
+    rules: &Rules,
     owner: &Handle,
 ) {
     while let Ok(Some(message)) = beats.message().await {
@@ -59,8 +63,9 @@ async fn take_in(
                 Ok(beat)
             });
         match beat {
-            Ok(beat) => {
-                if let Some(state) = &beat.state {
+            Ok(mut beat) => {
+                if let Some(state) = &mut beat.state {
+                    leave_out(rules, state);
                     edges.saw(&state.info);
                 }
                 if owner.beat(stream, beat).await.is_err() {
@@ -78,6 +83,21 @@ async fn take_in(
             }
         }
     }
+}
+
+/// A host comes into no tree by saying that it is in it.
+fn leave_out(rules: &Rules, state: &mut HostState) {
+    let info = &state.info;
+    state.attachments.retain(|attachment| {
+        let image = &attachment.image;
+        match rules.host(&image.name, &info.name, &info.labels) {
+            Ok(()) => true,
+            Err(denied) => {
+                tracing::warn!(host = %info.name, %image, reason = %denied, "an attachment does not count");
+                false
+            }
+        }
+    });
 }
 
 async fn forward(

@@ -11,15 +11,17 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use treeboot_identity::Who;
+use treeboot_identity::gate::Caller;
 use treeboot_identity::tls::Peer;
 use treeboot_proto::v1::coordinator_server::Coordinator;
 use treeboot_proto::{InvalidMessage, endpoint, image_id, image_id_or_newest, new_image, v1};
-use treeboot_types::HostName;
+use treeboot_types::{HostName, ImageName};
 
 pub use edges::Edges;
 
 use crate::identity::{EnrollError, Registrar};
 use crate::owner::{CallError, Handle};
+use crate::rules::{Denied, Rules, RulesError};
 use crate::tree::{Answer, Call, Refusal, Speaker};
 
 /// Candidates of a search that names no limit.
@@ -33,19 +35,66 @@ pub struct CoordinatorService {
     owner: Handle,
     registrar: Registrar,
     edges: Edges,
+    rules: Arc<Rules>,
     next_stream: Arc<AtomicU64>,
     stop: watch::Receiver<bool>,
 }
 
 impl CoordinatorService {
     /// A service whose heartbeat streams end when `stop` says so.
-    pub fn new(owner: Handle, registrar: Registrar, edges: Edges, stop: watch::Receiver<bool>) -> Self {
+    pub fn new(
+        owner: Handle,
+        registrar: Registrar,
+        edges: Edges,
+        rules: Arc<Rules>,
+        stop: watch::Receiver<bool>,
+    ) -> Self {
         Self {
             owner,
             registrar,
             edges,
+            rules,
             next_stream: Arc::new(AtomicU64::new(1)),
             stop,
+        }
+    }
+
+    /// Whether a host may use an image; whoever holds all of it, and gives it to others, may.
+    async fn host_may(&self, image: &ImageName, host: &HostName) -> Result<(), Status> {
+        if !self.rules.names_hosts(image) {
+            return Ok(());
+        }
+        let (asked, name) = (host.clone(), image.clone());
+        let known = self
+            .owner
+            .ask(move |forest| {
+                let mut images = forest.list_images().into_iter();
+                let holds = images.any(|i| {
+                    i.id.name == name
+                        && i.origins
+                            .iter()
+                            .any(|origin| origin.host.as_ref() == Some(&asked))
+                });
+                (holds, forest.host_labels(&asked))
+            })
+            .await;
+        let (holds, labels) = known.map_err(status_of_call)?;
+        if holds {
+            return Ok(());
+        }
+        let may = self.rules.host(image, host, &labels.unwrap_or_default());
+        may.map_err(|denied| denied_to(&host.to_string(), &denied))
+    }
+
+    /// Whether whoever asks may use an image.
+    async fn caller_may<T>(&self, request: &Request<T>, image: &ImageName) -> Result<(), Status> {
+        match request.extensions().get::<Caller>() {
+            Some(Caller(Who::Host(host))) => self.host_may(image, host).await,
+            Some(Caller(who @ Who::Person { role, .. })) => {
+                let may = self.rules.role(image, *role);
+                may.map_err(|denied| denied_to(&who.to_string(), &denied))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -79,6 +128,20 @@ fn own_name(peer: &Peer, host: &HostName) -> Result<(), Status> {
             "a host speaks for itself only: this is {who}, and not host '{host}'"
         ))
     })
+}
+
+fn denied_to(who: &str, denied: &Denied) -> Status {
+    tracing::warn!(who, reason = %denied, "an image was refused");
+    Status::permission_denied(denied.to_string())
+}
+
+fn status_of_rules(error: &RulesError) -> Status {
+    match error {
+        RulesError::Rule { .. } => Status::invalid_argument(error.to_string()),
+        RulesError::File { .. } | RulesError::Damaged { .. } => {
+            Status::unavailable(crate::owner::chain(error))
+        }
+    }
 }
 
 fn status_of_enroll(error: &EnrollError) -> Status {
@@ -131,6 +194,9 @@ impl Coordinator for CoordinatorService {
             image: image_id_or_newest(request.image.as_ref()).map_err(invalid)?,
             endpoint: endpoint(request.endpoint.as_ref()).map_err(invalid)?,
         };
+        if let Call::Join { speaker, image, .. } = &call {
+            self.host_may(&image.name, &speaker.host).await?;
+        }
         match self.call(call).await? {
             Answer::Joined(placement) => {
                 let mut placement = v1::Placement::from(&placement);
@@ -153,6 +219,9 @@ impl Coordinator for CoordinatorService {
             image: image_id(request.image.as_ref()).map_err(invalid)?.into(),
             epoch: convert::epoch(request.epoch).map_err(invalid)?,
         };
+        if let Call::Register { speaker, image, .. } = &call {
+            self.host_may(&image.name, &speaker.host).await?;
+        }
         match self.call(call).await? {
             Answer::Registered(epoch) => Ok(Response::new(v1::RegisterResponse {
                 epoch: Some(epoch.into()),
@@ -165,12 +234,16 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<v1::SearchRequest>,
     ) -> Result<Response<v1::SearchResponse>, Status> {
+        let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
+        self.caller_may(&request, &image.name).await?;
         let request = request.into_inner();
-        let image = image_id_or_newest(request.image.as_ref()).map_err(invalid)?;
         let host = match request.host.as_str() {
             "" => None,
             name => Some(HostName::new(name).map_err(|error| invalid(error.into()))?),
         };
+        if let Some(host) = &host {
+            self.host_may(&image.name, host).await?;
+        }
         let limit = match usize::try_from(request.limit).unwrap_or(MAX_SEARCH_LIMIT) {
             0 => SEARCH_LIMIT,
             limit => limit.min(MAX_SEARCH_LIMIT),
@@ -219,6 +292,7 @@ impl Coordinator for CoordinatorService {
             self.stop.clone(),
             peer(&request),
             self.edges.clone(),
+            Arc::clone(&self.rules),
             request.into_inner(),
         );
         Ok(Response::new(pushes.await.map_err(status_of_call)?))
@@ -252,27 +326,46 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<v1::GetImageRequest>,
     ) -> Result<Response<v1::GetImageResponse>, Status> {
-        let image = image_id_or_newest(request.into_inner().id.as_ref()).map_err(invalid)?;
+        let asked = image_id_or_newest(request.get_ref().id.as_ref()).map_err(invalid)?;
+        self.caller_may(&request, &asked.name).await?;
+        let request = request.into_inner();
+        if !request.role.is_empty() {
+            let role = request.role.parse().map_err(|_| {
+                Status::invalid_argument(format!("'{}' is no role", request.role.escape_debug()))
+            })?;
+            let may = self.rules.role(&asked.name, role);
+            may.map_err(|denied| denied_to(role.as_str(), &denied))?;
+        }
+        let labels = self.rules.labels(&asked.name);
         let image = self
             .owner
-            .ask(move |forest| forest.image(&image))
+            .ask(move |forest| forest.image(&asked))
             .await
             .map_err(status_of_call)?
             .map_err(|refusal| status(&refusal))?;
         Ok(Response::new(v1::GetImageResponse {
             image: Some(image.as_ref().into()),
+            labels: labels.into_iter().collect(),
         }))
     }
 
     async fn list_images(
         &self,
-        _request: Request<v1::ListImagesRequest>,
+        request: Request<v1::ListImagesRequest>,
     ) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let images = self
+        let role = match request.extensions().get::<Caller>() {
+            Some(Caller(Who::Person { role, .. })) => Some(*role),
+            // A host that takes an image in has to know which versions there are.
+            _ => None,
+        };
+        let mut images = self
             .owner
             .ask(crate::tree::Forest::list_images)
             .await
             .map_err(status_of_call)?;
+        if let Some(role) = role {
+            images.retain(|image| self.rules.role(&image.id.name, role).is_ok());
+        }
         Ok(Response::new(v1::ListImagesResponse {
             images: images.iter().map(|image| image.as_ref().into()).collect(),
         }))
@@ -294,6 +387,24 @@ impl Coordinator for CoordinatorService {
         }
     }
 
+    async fn label_image(
+        &self,
+        request: Request<v1::LabelImageRequest>,
+    ) -> Result<Response<v1::LabelImageResponse>, Status> {
+        let request = request.into_inner();
+        let image = ImageName::new(&request.name).map_err(|error| invalid(error.into()))?;
+        let set = treeboot_proto::labels(&request.set).map_err(invalid)?;
+        let (rules, name) = (Arc::clone(&self.rules), image.clone());
+        let changed = tokio::task::spawn_blocking(move || rules.change(&name, set, &request.remove)).await;
+        let labels = changed
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| status_of_rules(&error))?;
+        tracing::info!(%image, ?labels, "an image's labels were changed");
+        Ok(Response::new(v1::LabelImageResponse {
+            labels: labels.into_iter().collect(),
+        }))
+    }
+
     async fn list_hosts(
         &self,
         _request: Request<v1::ListHostsRequest>,
@@ -312,7 +423,8 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<v1::GetTreeRequest>,
     ) -> Result<Response<v1::GetTreeResponse>, Status> {
-        let image = image_id_or_newest(request.into_inner().image.as_ref()).map_err(invalid)?;
+        let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
+        self.caller_may(&request, &image.name).await?;
         let tree = self
             .owner
             .ask(move |forest| forest.tree(&image))

@@ -105,6 +105,11 @@ impl Forest {
         self.images.values().map(|grove| grove.image.clone()).collect()
     }
 
+    /// What describes a host that beats.
+    pub fn host_labels(&self, host: &HostName) -> Option<treeboot_types::Labels> {
+        Some(self.hosts.get(host)?.info.labels.clone())
+    }
+
     /// All hosts, by name.
     pub fn list_hosts(&self) -> Vec<HostView> {
         let attachments = |name: &HostName| {

@@ -360,6 +360,112 @@ fn roles_say_what_a_person_may_do() -> Result<()> {
 }
 
 #[test]
+fn an_image_is_for_the_hosts_and_roles_that_its_labels_name() -> Result<()> {
+    let plan = Plan {
+        agent_args: ["--label", "tier=silver"].map(Into::into).to_vec(),
+        ..secure(2)
+    };
+    with_cluster("labels", Machine::Shared, plan, async |cluster| {
+        let file = cluster.path().join("pattern.raw");
+        PATTERN.write(&file)?;
+        let file = file.to_str().context("a path of letters")?;
+        let rule = "hosts=name=h1|h7,tier=silver";
+        let import = [
+            "image",
+            "import",
+            file,
+            IMAGE,
+            "--label",
+            rule,
+            "--label",
+            "role=admin",
+        ];
+        cluster.treeboot(&import).await?;
+        let shown = cluster.treeboot(&["image", "show", IMAGE]).await?;
+        ensure!(shown.contains(rule) && shown.contains("role=admin"), "{shown}");
+        // h2 is refused where it looks the image up, and where it says that it is in the tree.
+        cluster
+            .treeboot(&["image", "attach", IMAGE, "--host", "h1"])
+            .await?;
+        let output = cluster
+            .treeboot_output(&["image", "attach", IMAGE, "--host", "h2"])
+            .await?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            !output.status.success() && said.contains("is for hosts with name=h1|h7"),
+            "{said}"
+        );
+        logged(&cluster.coordinator, &["an image was refused", "h2"]).await?;
+        let own = authority(cluster)?;
+        let instance = std::fs::read_to_string(cluster.hosts[1].folder().join("state/instance"))?;
+        let mut h2 = coordinator(cluster, own.issue(&host("h2")?, HOUR)?).await?;
+        let join = v1::JoinRequest {
+            host: "h2".into(),
+            instance: instance.split(' ').next().unwrap_or_default().to_owned(),
+            image: Some(treeboot_tests::measure::newest(IMAGE)),
+            endpoint: Some(v1::Endpoint {
+                portal: cluster.hosts[1].portal()?,
+                target: format!("iqn.2026-11.dev.treeboot:image:{IMAGE}:1"),
+                data_lun: 0,
+                hash_lun: Some(1),
+            }),
+        };
+        refused(h2.join(join).await, Code::PermissionDenied, "is for hosts with")?;
+        let search = v1::SearchRequest {
+            image: Some(treeboot_tests::measure::newest(IMAGE)),
+            host: String::new(),
+            limit: 0,
+        };
+        refused(
+            h2.search(search.clone()).await,
+            Code::PermissionDenied,
+            "is for hosts with",
+        )?;
+        // A role below the one that it needs neither sees it nor makes a VM of it.
+        let operator = person("otto", Role::Operator)?;
+        let mut client = coordinator(cluster, own.issue(&operator, HOUR)?).await?;
+        let images = client
+            .list_images(v1::ListImagesRequest {})
+            .await?
+            .into_inner()
+            .images;
+        ensure!(images.is_empty(), "{images:?}");
+        let words = "is for the role admin; this is the role operator";
+        refused(client.search(search).await, Code::PermissionDenied, words)?;
+        let label = v1::LabelImageRequest {
+            name: IMAGE.into(),
+            remove: vec!["role".into()],
+            ..Default::default()
+        };
+        refused(
+            client.label_image(label).await,
+            Code::PermissionDenied,
+            "LabelImage needs the role admin",
+        )?;
+        let create = || v1::CreateRequest {
+            vm: "vm1".into(),
+            image: Some(treeboot_tests::measure::newest(IMAGE)),
+        };
+        let mut client = agent(&cluster.hosts[0], own.issue(&operator, HOUR)?).await?;
+        refused(client.create(create()).await, Code::PermissionDenied, words)?;
+        // The labels outlive a restart, and what they no longer forbid is allowed.
+        cluster.coordinator.terminate().await?;
+        cluster.restart(&cluster.coordinator).await?;
+        cluster.wait_known().await?;
+        let shown = cluster.treeboot(&["image", "show", IMAGE]).await?;
+        ensure!(shown.contains("role=admin"), "{shown}");
+        cluster
+            .treeboot(&["image", "label", IMAGE, "--remove", "role", "--remove", "hosts"])
+            .await?;
+        client.create(create()).await?;
+        cluster
+            .treeboot(&["image", "attach", IMAGE, "--host", "h2"])
+            .await?;
+        Ok(())
+    })
+}
+
+#[test]
 fn a_token_lets_in_whom_it_is_for_once_and_in_time() -> Result<()> {
     with_cluster("tokens", Machine::Shared, secure(1), async |cluster| {
         let own = authority(cluster)?;
