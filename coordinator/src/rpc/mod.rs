@@ -175,7 +175,11 @@ fn status(refusal: &Refusal) -> Status {
         | Refusal::ImageDiffers { .. }
         | Refusal::EndpointTaken { .. } => Status::already_exists(message),
         Refusal::UnknownImage { .. } | Refusal::NotAttached { .. } => Status::not_found(message),
-        Refusal::OtherEpoch { .. } => Status::aborted(message),
+        Refusal::OtherEpoch { .. } => {
+            // Mostly a host that was overtaken by its own move, at times one that repeats what it heard.
+            tracing::info!(reason = %message, "an epoch that is over was refused");
+            Status::aborted(message)
+        }
         Refusal::TooMany { .. } => Status::resource_exhausted(message),
     }
 }

@@ -276,6 +276,8 @@ fn a_host_speaks_for_itself_only_and_in_its_own_time() -> Result<()> {
         // The right host with an epoch that is over.
         let mut own_host = coordinator(cluster, own.issue(&host("h1")?, HOUR)?).await?;
         refused(own_host.remove(remove(0)).await, Code::Aborted, "epoch")?;
+        let log = std::fs::read_to_string(cluster.coordinator.log_path())?;
+        ensure!(log.contains("an epoch that is over was refused"), "{log}");
         let tree = cluster.treeboot(&["tree", IMAGE]).await?;
         ensure!(tree.contains("h1"), "h1 keeps its place: {tree}");
         Ok(())
