@@ -27,6 +27,11 @@ const ROUTES: &[Route] = &[
     )
     .with(&[("version", "id.version"), ("force", "force")]),
     Route::new(
+        Method::Post,
+        "/v1/images/{image=name}/labels",
+        "Coordinator/LabelImage",
+    ),
+    Route::new(
         Method::Get,
         "/v1/images/{image=image.name}/tree",
         "Coordinator/GetTree",
