@@ -121,7 +121,12 @@ fn a_vm_sees_its_own_writes_after_a_stop_and_nobody_elses_and_the_image_stays_as
     let Some(file) = guest::busybox() else {
         return Ok(());
     };
-    with_cluster("writes", Machine::Alone, Plan::default(), async move |cluster| {
+    let plan = Plan {
+        // Here the guests' own front ends have to prove themselves, too.
+        secure: true,
+        ..Plan::default()
+    };
+    with_cluster("writes", Machine::Alone, plan, async move |cluster| {
         cluster.import(&file, IMAGE).await?;
         let before = digest(cluster).await?;
         let host = &cluster.hosts[0];
@@ -156,18 +161,26 @@ fn a_vm_sees_its_own_writes_after_a_stop_and_nobody_elses_and_the_image_stays_as
         let created = host.agent().await?.create(request).await?.into_inner();
         let disk = created.disk.context("an answer without the disk")?;
         let url: treeboot_types::IscsiUrl = disk.url.parse()?;
-        // Its own front end's name, or it is not let in.
+        let secret = created.secret.context("an answer without the secret")?;
+        let secret_file = cluster.path().join("untouched.secret");
+        std::fs::write(&secret_file, &secret.secret)?;
+        let object = format!("secret,id=s,file={}", secret_file.display());
+        // By its own front end's name and secret, or it is not let in.
         let options = format!(
-            "driver=raw,file.driver=iscsi,file.transport=tcp,file.portal={},file.target={},file.lun={},file.initiator-name={}",
+            "driver=raw,file.driver=iscsi,file.transport=tcp,file.portal={},file.target={},file.lun={},file.initiator-name={},\
+             file.user={},file.password-secret=s",
             url.portal(),
             url.target,
             url.lun,
-            disk.initiator
+            disk.initiator,
+            secret.user
         );
-        let image = format!("driver=raw,file.filename={}", file.display());
+        let image = format!("driver=raw,file.driver=file,file.filename={}", file.display());
         let compared = tokio::process::Command::from({
             let mut command = cluster.scratch().command("qemu-img");
-            command.args(["compare", "--image-opts"]).args([&image, &options]);
+            command
+                .args(["compare", "--object", &object, "--image-opts"])
+                .args([&image, &options]);
             command
         })
         .output()

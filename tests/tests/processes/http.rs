@@ -239,7 +239,9 @@ fn the_openapi_document_is_whole_and_every_path_in_it_answers_as_it_says() -> Re
                 let schemas = document["components"]["schemas"].as_object().context("schemas")?;
                 let secret = schemas
                     .keys()
-                    .find(|name| name.contains("Secret") || name.contains("Key"));
+                    .filter(|name| name.contains("Secret") || name.contains("Key"))
+                    // That of a VM's disk is for operators, who make VMs.
+                    .find(|name| !name.contains("DiskSecret"));
                 ensure!(secret.is_none(), "secrets are for hosts only: {secret:?}");
                 let paths = document["paths"].as_object().context("paths")?;
                 let mut names = BTreeSet::new();
