@@ -15,7 +15,7 @@ use treeboot_identity::gate::Caller;
 use treeboot_identity::tls::Peer;
 use treeboot_proto::v1::coordinator_server::Coordinator;
 use treeboot_proto::{InvalidMessage, endpoint, image_id, image_id_or_newest, new_image, v1};
-use treeboot_types::{HostName, ImageName};
+use treeboot_types::{HostName, Image, ImageName};
 
 pub use edges::Edges;
 
@@ -84,6 +84,26 @@ impl CoordinatorService {
         }
         let may = self.rules.host(image, host, &labels.unwrap_or_default());
         may.map_err(|denied| denied_to(&host.to_string(), &denied))
+    }
+
+    /// Whether a host may be another origin of what is there already. Who brings new content has it, and needs nobody's leave.
+    async fn may_hold(&self, image: &Image, host: &HostName) -> Result<(), Status> {
+        if !self.rules.names_hosts(&image.id.name) {
+            return Ok(());
+        }
+        let (name, digest) = (image.id.name.clone(), image.digest);
+        let there = self
+            .owner
+            .ask(move |forest| {
+                let mut images = forest.list_images().into_iter();
+                images.any(|image| image.id.name == name && image.digest == digest)
+            })
+            .await
+            .map_err(status_of_call)?;
+        if there {
+            return self.host_may(&image.id.name, host).await;
+        }
+        Ok(())
     }
 
     /// Whether whoever asks may use an image.
@@ -315,6 +335,7 @@ impl Coordinator for CoordinatorService {
         {
             for host in image.origins.iter().filter_map(|origin| origin.host.as_ref()) {
                 own_name(&peer, host)?;
+                self.may_hold(&image, host).await?;
             }
         }
         match self.call(Call::AddImage { image }).await? {

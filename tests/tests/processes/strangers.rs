@@ -423,6 +423,22 @@ fn an_image_is_for_the_hosts_and_roles_that_its_labels_name() -> Result<()> {
             Code::PermissionDenied,
             "is for hosts with",
         )?;
+        // Nor does it help to say that it holds the image.
+        let image = h2
+            .list_images(v1::ListImagesRequest {})
+            .await?
+            .into_inner()
+            .images;
+        let mut image = image.into_iter().next().context("an image")?;
+        for origin in &mut image.origins {
+            origin.host = "h2".into();
+        }
+        let add = v1::AddImageRequest { image: Some(image) };
+        refused(
+            h2.add_image(add).await,
+            Code::PermissionDenied,
+            "is for hosts with",
+        )?;
         // A role below the one that it needs neither sees it nor makes a VM of it.
         let operator = person("otto", Role::Operator)?;
         let mut client = coordinator(cluster, own.issue(&operator, HOUR)?).await?;
