@@ -14,7 +14,6 @@ const ROUTES: &[Route] = &[
     Route::new(Method::Get, "/v1/status", "Agent/Status"),
     Route::new(Method::Get, "/v1/disks", "Agent/List"),
     Route::new(Method::Put, "/v1/disks/{vm}", "Agent/Create"),
-    Route::new(Method::Get, "/v1/disks/{vm}/secret", "Agent/GetDiskSecret"),
     Route::new(Method::Delete, "/v1/disks/{vm}", "Agent/Destroy").with(&[("keep_base", "instance_only")]),
     Route::new(Method::Put, "/v1/bases/{image=image.name}", "Agent/Attach")
         .with(&[("version", "image.version")]),

@@ -35,7 +35,6 @@ pub(crate) async fn run(options: &Options) -> Result<Report> {
         "demo",
         &Plan {
             hosts: usize::from(options.hosts),
-            secure: true,
             ..Plan::default()
         },
     )
