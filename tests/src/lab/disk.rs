@@ -88,7 +88,7 @@ impl Lab {
     pub async fn release_disk(&self, host: &LabHost, vm: &str) -> Result<()> {
         if let Place::Lun(lun) = self.place(host, vm).await? {
             host.sh(&format!(
-                "{}node --logout >/dev/null\nnode -o delete\niscsiadm -m iface -I \"$iface\" -o delete >/dev/null",
+                "{}node --logout >/dev/null\nnode -o delete\niscsiadm -m iface -I \"$iface\" -o delete >/dev/null || true",
                 lun.variables()?
             ))
             .await?;
