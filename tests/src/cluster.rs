@@ -28,6 +28,8 @@ pub struct Plan {
     pub fan_out: Option<u32>,
     /// Parents that a host reads from at once.
     pub active_parents: u32,
+    /// A program of the tests' own in the coordinator's place.
+    pub coordinator_program: Option<&'static str>,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<String>,
     /// Further arguments of every agent, the origin's too.
@@ -48,6 +50,7 @@ impl Default for Plan {
             hosts: 1,
             fan_out: None,
             active_parents: 1,
+            coordinator_program: None,
             coordinator_args: Vec::new(),
             agent_args: Vec::new(),
             namespaces: false,
@@ -107,7 +110,10 @@ impl Cluster {
             &scratch,
             DaemonSpec {
                 name: "coordinator".into(),
-                program: binaries.coordinator(),
+                program: match plan.coordinator_program {
+                    Some(name) => binaries.test_program(name)?,
+                    None => binaries.coordinator(),
+                },
                 args: coordinator_args(&scratch, plan),
                 address: addresses.coordinator(),
                 portal: false,

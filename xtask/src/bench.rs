@@ -29,6 +29,22 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// One coordinator and many hosts, each with a key, a certificate and a connection of its own, beside a bare service with the same TLS: until
+    /// all have places, what keeping them costs, how soon orphans have parents, how soon a restart serves
+    Coordinator {
+        /// Hosts
+        #[arg(long, default_value_t = 10_000)]
+        hosts: u32,
+        /// Hosts that connect or join at the same moment
+        #[arg(long, default_value_t = 10_000)]
+        at_once: u32,
+        /// How long the fleet is watched while it only beats
+        #[arg(long, default_value_t = 30)]
+        seconds: u32,
+        /// Writes the figures to this file as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Hosts on shaped links that read one image at the same moment: what each uploads, and how long it takes, by the shape of the
     /// trees. Needs root
     Links {
@@ -75,6 +91,12 @@ const TARGET_PACKAGES: &[&str] = &["iperf3", "libiscsi-bin", "tgt"];
 pub(crate) fn run(args: &Args) -> Result<()> {
     let (mut bench, json) = match &args.what {
         What::Boot { guest, rounds, json } => (boot(*guest, *rounds)?, json),
+        What::Coordinator {
+            hosts,
+            at_once,
+            seconds,
+            json,
+        } => (coordinator([*hosts, *at_once, *seconds])?, json),
         What::Links {
             hosts,
             mib,
@@ -108,6 +130,16 @@ fn boot(guest: Kind, rounds: u32) -> Result<Command> {
         .arg(image)
         .args(["--rounds", &rounds.to_string()])
         .args(["--ready-line", demo::GUEST_READY]);
+    Ok(bench)
+}
+
+fn coordinator(numbers: [u32; 3]) -> Result<Command> {
+    let programs = demo::build_release(&["--workspace", "--exclude", "xtask"])?;
+    let mut bench = Command::new(programs.join("treeboot-bench"));
+    bench.env(demo::BIN_DIR, &programs).arg("coordinator");
+    for (option, number) in ["--hosts", "--at-once", "--seconds"].iter().zip(numbers) {
+        bench.arg(option).arg(number.to_string());
+    }
     Ok(bench)
 }
 

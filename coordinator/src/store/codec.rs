@@ -110,7 +110,7 @@ fn hash_of(key: &str, value: &[u8]) -> u64 {
 }
 
 /// What follows the format, where that is one that we read.
-fn json_of<'a>(key: &str, value: &'a [u8]) -> Result<&'a [u8], StoreError> {
+pub(super) fn json_of<'a>(key: &str, value: &'a [u8]) -> Result<&'a [u8], StoreError> {
     let (&format, json) = value.split_first().ok_or_else(|| damaged(key, Damage::Empty))?;
     if format > FORMAT {
         return Err(StoreError::Newer {

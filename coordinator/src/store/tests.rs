@@ -127,7 +127,7 @@ fn spoil(dir: &std::path::Path, key: &str, value: &[u8]) -> StoreError {
     db.insert(key, value).unwrap();
     db.flush().unwrap();
     drop(db);
-    SledStore::open(dir).unwrap().load().unwrap_err()
+    SledStore::open(dir).and_then(|store| store.load()).unwrap_err()
 }
 
 #[test]

@@ -209,9 +209,9 @@ impl Forest {
         let same = |other: &Endpoint| other.portal == endpoint.portal && other.target == endpoint.target;
         let by_host = grove
             .places
-            .iter()
-            .find(|(name, place)| *name != host && same(&place.endpoint))
-            .map(|(name, _)| format!("host '{name}'"));
+            .holder(endpoint)
+            .filter(|name| *name != host)
+            .map(|name| format!("host '{name}'"));
         let holder = by_host.or_else(|| {
             let mut origins = grove.image.origins.iter();
             let origin = origins.find(|o| o.host.as_ref() != Some(host) && same(&o.endpoint))?;
@@ -233,11 +233,9 @@ impl Forest {
     /// A host exports under another endpoint than before, for instance after its restart.
     pub(super) fn move_endpoint(&mut self, id: &ImageId, host: &HostName, endpoint: Endpoint) {
         if let Some(grove) = self.images.get_mut(id)
-            && let Some(place) = grove.places.get_mut(host)
-            && *place.endpoint != endpoint
+            && grove.places.set_endpoint(host, endpoint)
+            && let Some(scope) = grove.scope_of(host).cloned()
         {
-            place.endpoint = Arc::new(endpoint);
-            let scope = place.scope.clone();
             grove.touch(&scope, &Node::Host(host.clone()));
             self.changed.insert(id.clone());
             self.unsaved.insert((id.clone(), host.clone()));

@@ -19,6 +19,7 @@ mod home;
 mod layer;
 mod load;
 mod place;
+mod places;
 mod policy;
 mod publish;
 mod query;
@@ -117,7 +118,7 @@ struct Grove {
     image: Arc<Image>,
     origin_endpoints: Vec<Arc<Endpoint>>,
     stripes: Vec<Stripe>,
-    places: BTreeMap<HostName, Place>,
+    places: places::Places,
     /// The stripes that zones and racks are inner in; those that a host stands in.
     groups: BTreeMap<Scope, StripeIndex>,
     /// Hosts whose home this step changed.
@@ -441,7 +442,7 @@ impl Grove {
         let mut grove = Self {
             stripes: (0..image.stripes).map(|_| Stripe::default()).collect(),
             origin_endpoints: Vec::new(),
-            places: BTreeMap::new(),
+            places: places::Places::default(),
             groups: BTreeMap::new(),
             changed_homes: BTreeSet::new(),
             origins_told: BTreeMap::new(),

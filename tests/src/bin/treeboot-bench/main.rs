@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod coordinator;
 mod links;
 mod target;
 
@@ -18,6 +19,11 @@ use treeboot_tests::scratch::{MARK, Scratch};
 enum Bench {
     /// QEMU's own time for a read during a boot: raw file, tgt, treeboot from a warm cache.
     Boot(boot::Options),
+    /// One coordinator and many hosts, each with a connection of its own, beside a bare service: burst, steady state, deaths, restart.
+    Coordinator(coordinator::Options),
+    /// The bare service.
+    #[command(hide = true)]
+    CoordinatorBare(coordinator::bare::Options),
     /// Hosts on shaped links that read one image at the same moment, for each shape of the trees: uploads and times.
     Links(links::Options),
     /// Our target beside tgt, with iscsi-perf as the client: IOPS, MB/s, the server's processor time for each read.
@@ -60,6 +66,8 @@ fn work(bench: Bench) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match bench {
         Bench::Boot(options) => runtime.block_on(boot::run(&options))?,
+        Bench::Coordinator(options) => runtime.block_on(coordinator::run(&options))?,
+        Bench::CoordinatorBare(options) => runtime.block_on(coordinator::bare::run(&options))?,
         // Its networks are entered thread by thread.
         Bench::Links(options) => links::run(&options)?,
         Bench::Target(options) => runtime.block_on(target::run(&options))?,
