@@ -93,13 +93,18 @@ impl Vitals for Life {
                 }];
             }
         };
-        let rebuilding = rebuilding.then(|| {
-            "the record was lost; hosts are telling where they stand, and until they have nobody is given a place".to_owned()
-        });
-        vec![
-            Check::new("trees", rebuilding),
-            Check::new("record", health.not_saved),
-        ]
+        // Not impaired: were it taken out of service, the hosts could not come.
+        let condition = if rebuilding {
+            let words = "the record was lost; hosts are telling where they stand, and until they have nobody is given a place";
+            Condition::Busy(words.to_owned())
+        } else {
+            Condition::Good
+        };
+        let trees = Check {
+            name: "trees",
+            condition,
+        };
+        vec![trees, Check::new("record", health.not_saved)]
     }
 
     async fn figures(&self) -> Vec<Family> {

@@ -17,6 +17,8 @@ const LOOK_LIMIT: Duration = Duration::from_secs(3);
 pub enum Condition {
     /// Well.
     Good,
+    /// Well, and at something that others want to know of.
+    Busy(String),
     /// It cannot do all that it is for, and a restart would not help: why, and what would.
     Impaired(String),
     /// It does not answer; only a restart helps.
@@ -64,7 +66,8 @@ pub(super) async fn look(vitals: &dyn Vitals) -> Vec<Check> {
 
 /// Whether all parts are well.
 pub(super) fn all_good(checks: &[Check]) -> bool {
-    checks.iter().all(|check| check.condition == Condition::Good)
+    let well = |check: &Check| matches!(check.condition, Condition::Good | Condition::Busy(_));
+    checks.iter().all(well)
 }
 
 /// Whether the process is worth keeping: a full disk is no reason to restart it.
@@ -87,6 +90,7 @@ fn told(passes: bool, checks: &[Check]) -> Response {
         .iter()
         .map(|check| match &check.condition {
             Condition::Good => serde_json::json!({ "name": check.name, "state": "good" }),
+            Condition::Busy(why) => serde_json::json!({ "name": check.name, "state": "busy", "why": why }),
             Condition::Impaired(why) => {
                 serde_json::json!({ "name": check.name, "state": "impaired", "why": why })
             }
