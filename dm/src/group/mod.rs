@@ -1,5 +1,8 @@
 //! The cache group: a host's cache devices, shared by all its images.
 //!
+//! `verity` in what follows is the device that has the content's checked bytes: its verity device, or one that only joins reads of it
+//! ([`crate::loops::join_reads`]), as in the agent's stack.
+//!
 //! [`Group::open`] brings it up over the cache devices, [`Group::add`] gives the table of a content's base over it,
 //! [`Group::remove`] and [`Group::release`] take a content out, for ever or for now, while others are in use. The base itself
 //! is the caller's to make and to remove, and must be gone before its content leaves the group.

@@ -136,7 +136,7 @@ impl Group {
         Ok(group)
     }
 
-    /// Takes a content in, or finds it there, and gives the table of its base. `verity` is its verity device, `length` that
+    /// Takes a content in, or finds it there, and gives the table of its base. `verity` has its checked bytes, `length` is that
     /// device's.
     ///
     /// # Errors
@@ -191,7 +191,7 @@ impl Group {
         }
     }
 
-    /// What fills the cache with a content that is in the group. `verity` is its verity device, as given to [`Self::add`].
+    /// What fills the cache with a content that is in the group. `verity` as given to [`Self::add`].
     ///
     /// # Errors
     /// [`GroupError::Absent`]; a device that cannot be opened.
