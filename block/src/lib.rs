@@ -11,6 +11,7 @@ pub mod delta;
 mod device;
 mod disk;
 mod file;
+pub mod layers;
 pub mod storage;
 pub mod verity;
 
@@ -18,8 +19,9 @@ pub use cache::{
     CacheCounters, CacheError, CacheOptions, ChunkCache, ChunkSource, Completeness, FetchError, FetchFuture,
     Fetched, ImageContent, Reader, Region, SourceId,
 };
-pub use delta::{BootId, BootIdError, Delta, DeltaError, DeltaMeta};
+pub use delta::{BootId, BootIdError, Delta, DeltaDamage, DeltaError, DeltaMeta, DeltaReport};
 pub use device::{BlockDevice, BlockError, Extent, Geometry, IoFuture, Provisioning};
 pub use disk::{Disk, DiskError};
 pub use file::{FileDevice, FileOptions, OpenError};
+pub use layers::{DiskFiles, LayerError, LayeredDisk};
 pub use verity::{VerityBuilder, VerityLayout};

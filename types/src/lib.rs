@@ -12,7 +12,7 @@ mod unit;
 mod url;
 
 pub use iqn::{Iqn, IqnError, MAX_IQN_BYTES, TREEBOOT_AUTHORITY};
-pub use name::{HostName, ImageId, ImageName, ImageRef, MAX_NAME_BYTES, NameError, VmName};
+pub use name::{HostName, ImageId, ImageName, ImageRef, MAX_NAME_BYTES, NameError, SnapshotName, VmName};
 pub use placement::{
     AttachState, Attachment, BadParent, Child, Endpoint, Fault, HostInfo, Image, Labels, Origin, Parent,
     PathPolicy, Placement, PlaneKind, Portal, PortalError, StripePlacement,

@@ -161,6 +161,12 @@ name!(
     "image"
 );
 
+name!(
+    /// A snapshot's name, unique on its VM's disk.
+    SnapshotName,
+    "snapshot"
+);
+
 /// One version of an image: immutable, written `name@version`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

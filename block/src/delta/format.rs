@@ -7,6 +7,8 @@
 //! | 8192 | M | durable map: 2 bits a block, written only after the data was synced |
 //! | 8192 + M | M | volatile map: the same, written before each write is acknowledged |
 //! | 8192 + 2 M | size of the disk | data, each block at its own place, sparse |
+//! | 8192 + 2 M + size | 4096 | seal of a frozen layer: checksums of the map and of the checksums' place |
+//! | after it | 4 bytes a block | CRC32C of each block of data of a sealed layer, sparse |
 //!
 //! M is a quarter of a byte a block, rounded up to 4096. Numbers are little-endian. Each header fits a sector of 512
 //! bytes, which a disk writes wholly or not at all.

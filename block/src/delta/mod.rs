@@ -9,10 +9,14 @@
 //!
 //! The file is empty until the first write. Memory: two bits a block, by pages of 64 MiB of disk that were written to.
 //!
-//! Deliberately absent: the base (a [`Disk`](crate::Disk) joins the two), snapshots, checksums of the data.
+//! A delta that is frozen, as a layer of a disk with snapshots, gets a checksum for each block of data (`seal.rs`).
+//!
+//! Deliberately absent: the base (a [`Disk`](crate::Disk) joins the two), layers (`crate::layers`), checksums of data that may
+//! still be written.
 
 mod format;
 mod map;
+mod seal;
 mod writer;
 
 use std::fmt;
@@ -20,7 +24,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use parking_lot::Mutex;
 use treeboot_types::Digest;
@@ -29,6 +33,8 @@ use crate::storage::{FileStorage, OpenMode, Storage};
 use format::{BOOT_OFFSET, DURABLE_OFFSET, Header, Layout, SECTOR};
 use map::StateMap;
 use writer::Writer;
+
+pub use seal::{DeltaDamage, DeltaReport};
 
 pub(crate) use map::State;
 pub(crate) use writer::BlockWrite;
@@ -155,6 +161,19 @@ pub enum DeltaError {
     },
 }
 
+impl DeltaError {
+    /// What the operating system said when the file was to be opened.
+    pub(crate) fn of_opening(path: &Path, source: io::Error) -> Self {
+        let path = path.into();
+        match source.kind() {
+            io::ErrorKind::AlreadyExists => Self::Exists { path },
+            io::ErrorKind::NotFound => Self::Missing { path },
+            io::ErrorKind::WouldBlock => Self::InUse { path },
+            _ => Self::Io { path, source },
+        }
+    }
+}
+
 /// The writes of one disk.
 #[derive(Clone)]
 pub struct Delta {
@@ -188,6 +207,8 @@ pub(crate) struct Core {
     turn: tokio::sync::Mutex<()>,
     flushes_wanted: AtomicU64,
     flushes_done: AtomicU64,
+    /// Whether each block of data has a checksum in the file. On a frozen layer only.
+    sealed: AtomicBool,
 }
 
 impl Delta {
@@ -208,15 +229,7 @@ impl Delta {
     }
 
     fn open_file(path: &Path, meta: DeltaMeta, boot: BootId, mode: OpenMode) -> Result<Self, DeltaError> {
-        let storage = FileStorage::open(path, mode).map_err(|source| {
-            let path = path.into();
-            match source.kind() {
-                io::ErrorKind::AlreadyExists => DeltaError::Exists { path },
-                io::ErrorKind::NotFound if mode == OpenMode::ReadWrite => DeltaError::Missing { path },
-                io::ErrorKind::WouldBlock => DeltaError::InUse { path },
-                _ => DeltaError::Io { path, source },
-            }
-        })?;
+        let storage = FileStorage::open(path, mode).map_err(|source| DeltaError::of_opening(path, source))?;
         let directory = path.parent().map(|folder| match folder.as_os_str().is_empty() {
             true => PathBuf::from("."),
             false => folder.into(),
@@ -237,6 +250,17 @@ impl Delta {
         Self::open_parts(storage, path, None, meta, boot)
     }
 
+    /// As [`open_storage`](Self::open_storage), of a file whose folder a first flush makes durable.
+    pub(crate) fn open_in(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        directory: Option<PathBuf>,
+        meta: DeltaMeta,
+        boot: BootId,
+    ) -> Result<Self, DeltaError> {
+        Self::open_parts(storage, path, directory, meta, boot)
+    }
+
     fn open_parts(
         storage: Arc<dyn Storage>,
         path: &Path,
@@ -246,6 +270,7 @@ impl Delta {
     ) -> Result<Self, DeltaError> {
         let layout = Layout::new(meta.bytes);
         let (map, writer) = Found::look(&*storage, path, &meta, boot, &layout)?;
+        let sealed = seal::look(&*storage, path, &layout, &map)?;
         Ok(Self {
             core: Arc::new(Core {
                 storage,
@@ -260,6 +285,7 @@ impl Delta {
                 turn: tokio::sync::Mutex::default(),
                 flushes_wanted: AtomicU64::new(0),
                 flushes_done: AtomicU64::new(0),
+                sealed: AtomicBool::new(sealed),
             }),
         })
     }
@@ -346,4 +372,4 @@ impl Found {
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

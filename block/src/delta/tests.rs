@@ -11,25 +11,25 @@ use super::*;
 use crate::storage::model::{Fault, ModelStorage};
 use crate::{BlockDevice, BlockError, Disk, Extent, Geometry, IoFuture, Provisioning};
 
-pub(super) const SECTOR_BYTES: u64 = 512;
+pub(crate) const SECTOR_BYTES: u64 = 512;
 /// Not a multiple of 4 KiB, and more than one word of the map.
-pub(super) const DISK_BYTES: u64 = 40 * 4096 + 3 * 512;
-pub(super) const META: DeltaMeta = DeltaMeta {
+pub(crate) const DISK_BYTES: u64 = 40 * 4096 + 3 * 512;
+pub(crate) const META: DeltaMeta = DeltaMeta {
     digest: Digest([0xD1; 32]),
     bytes: DISK_BYTES,
 };
-pub(super) const BOOT: BootId = BootId([1; 16]);
-pub(super) const NEXT_BOOT: BootId = BootId([2; 16]);
+pub(crate) const BOOT: BootId = BootId([1; 16]);
+pub(crate) const NEXT_BOOT: BootId = BootId([2; 16]);
 
 /// A base in memory whose every sector tells its number.
-pub(super) struct Base(pub(super) u64);
+pub(crate) struct Base(pub(crate) u64);
 
-pub(super) fn base_sector(sector: u64) -> [u8; 512] {
+pub(crate) fn base_sector(sector: u64) -> [u8; 512] {
     pattern(1_000_000 + sector)
 }
 
 /// 512 bytes that tell `tag`; 0 is zeroes.
-pub(super) fn pattern(tag: u64) -> [u8; 512] {
+pub(crate) fn pattern(tag: u64) -> [u8; 512] {
     let mut content = [0; 512];
     for eight in content.as_chunks_mut::<8>().0 {
         *eight = tag.to_le_bytes();
@@ -79,18 +79,18 @@ impl BlockDevice for Base {
     }
 }
 
-pub(super) fn open(storage: &Arc<ModelStorage>, boot: BootId) -> Disk {
+pub(crate) fn open(storage: &Arc<ModelStorage>, boot: BootId) -> Disk {
     let delta = Delta::open_storage(storage.clone(), Path::new("/deltas/vm"), META, boot).unwrap();
     Disk::new(Arc::new(Base(DISK_BYTES)), delta).unwrap()
 }
 
-pub(super) async fn read_all(disk: &Disk) -> Vec<u8> {
+pub(crate) async fn read_all(disk: &Disk) -> Vec<u8> {
     let mut all = vec![0xEE; disk.geometry().bytes as usize];
     disk.read(0, &mut all).await.unwrap();
     all
 }
 
-pub(super) fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()

@@ -28,6 +28,8 @@ pub(super) struct Writer {
     /// say so again. All of it must be written again first.
     doubtful: bool,
     directory_synced: bool,
+    /// It is a frozen layer: a write that nobody waits for any more and that comes late is refused.
+    frozen: bool,
 }
 
 impl Writer {
@@ -40,6 +42,18 @@ impl Writer {
             unsynced: true,
             doubtful,
             directory_synced: false,
+            frozen: false,
+        }
+    }
+}
+
+impl Writer {
+    fn refuse_frozen(&self) -> Result<(), BlockError> {
+        match self.frozen {
+            true => Err(BlockError::Unavailable {
+                what: "a snapshot was made while the write was given up".into(),
+            }),
+            false => Ok(()),
         }
     }
 }
@@ -55,6 +69,10 @@ pub(crate) struct BlockWrite {
 }
 
 impl Core {
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
     pub(crate) fn disk_bytes(&self) -> u64 {
         self.layout.disk_bytes
     }
@@ -79,6 +97,7 @@ impl Core {
     /// Stores a write.
     pub(crate) fn write(&self, mut write: BlockWrite) -> Result<(), BlockError> {
         let mut writer = self.writer.lock();
+        writer.refuse_frozen()?;
         let fail = |error| write_error(error, write.offset, write.bytes);
         self.begin(&mut writer).map_err(fail)?;
         let first = write.offset / BLOCK;
@@ -104,9 +123,42 @@ impl Core {
             .map_err(fail)
     }
 
+    /// From now on writes and discards are refused, or are taken again.
+    pub(crate) fn set_frozen(&self, frozen: bool) {
+        self.writer.lock().frozen = frozen;
+    }
+
+    /// Takes the blocks from `first` on over from a layer below: those that are the base's here. `data` has whole blocks where
+    /// they are data there; without it they are zero.
+    pub(crate) fn take_over(&self, first: u64, count: u64, data: Option<&[u8]>) -> io::Result<()> {
+        let mut writer = self.writer.lock();
+        let mut block = first;
+        let end = first + count;
+        while block < end {
+            let (state, run) = self.map.run(block, end - block);
+            if state == State::Base {
+                self.begin(&mut writer)?;
+                writer.unsynced = true;
+                let to = match data {
+                    None => State::Zero,
+                    Some(data) => {
+                        let at = ((block - first) * BLOCK) as usize;
+                        let part = &data[at..at + (run * BLOCK) as usize];
+                        self.storage.write_at(self.place(block * BLOCK), part)?;
+                        State::Data
+                    }
+                };
+                self.change_map(&mut writer, block, block + run, to)?;
+            }
+            block += run;
+        }
+        Ok(())
+    }
+
     /// Makes the blocks `first..end` zero and gives their space back.
     pub(crate) fn discard(&self, first: u64, end: u64) -> Result<(), BlockError> {
         let mut writer = self.writer.lock();
+        writer.refuse_frozen()?;
         let (offset, bytes) = (first * BLOCK, (end - first) * BLOCK);
         let fail = |error| write_error(error, offset, bytes);
         if self.map.run(first, end - first) == (State::Zero, end - first) {
@@ -207,7 +259,7 @@ impl Core {
         Ok(())
     }
 
-    fn flush_now(&self) -> io::Result<()> {
+    pub(crate) fn flush_now(&self) -> io::Result<()> {
         // `turn` is let go when a caller leaves, this is not.
         let _alone = self.flushing.lock();
         let (words, was_doubtful, sync_directory) = {
