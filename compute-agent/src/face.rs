@@ -13,6 +13,7 @@ use crate::rpc;
 const ROUTES: &[Route] = &[
     Route::new(Method::Get, "/v1/status", "Agent/Status"),
     Route::new(Method::Get, "/v1/disks", "Agent/List"),
+    Route::new(Method::Post, "/v1/disks", "Agent/CreateMany"),
     Route::new(Method::Put, "/v1/disks/{vm}", "Agent/Create"),
     Route::new(Method::Delete, "/v1/disks/{vm}", "Agent/Destroy").with(&[("keep_base", "instance_only")]),
     Route::new(Method::Put, "/v1/bases/{image=image.name}", "Agent/Attach")

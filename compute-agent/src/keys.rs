@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,9 @@ pub struct Keys {
     held: Mutex<Held>,
     /// One writer of the file at a time.
     turn: tokio::sync::Mutex<()>,
+    /// Changes that are to be in the file, and those that are.
+    wanted: AtomicU64,
+    kept: AtomicU64,
     /// Counts changes of secrets that were in use.
     changes: watch::Sender<u64>,
 }
@@ -76,6 +80,8 @@ impl Keys {
             path,
             held: Mutex::new(held),
             turn: tokio::sync::Mutex::new(()),
+            wanted: AtomicU64::new(0),
+            kept: AtomicU64::new(0),
             changes: watch::Sender::new(0),
         }
     }
@@ -205,14 +211,20 @@ impl Keys {
 
     async fn keep(&self) {
         let Some(path) = self.path.clone() else { return };
+        let mine = self.wanted.fetch_add(1, Ordering::AcqRel) + 1;
         let _turn = self.turn.lock().await;
+        // Those who waited share what was written meanwhile.
+        if self.kept.load(Ordering::Acquire) >= mine {
+            return;
+        }
+        let covered = self.wanted.load(Ordering::Acquire);
         let text = serde_json::to_vec(&*self.held.lock());
         let written = tokio::task::spawn_blocking(move || {
             let text = text.map_err(std::io::Error::other)?;
             files::write_private(&path, &text)
         });
         match written.await {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => self.kept.store(covered, Ordering::Release),
             Ok(Err(error)) => {
                 tracing::error!(%error, "secrets cannot be kept: after a restart this host needs its coordinator")
             }

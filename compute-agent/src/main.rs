@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use treeboot_agent::daemon::{Daemon, Options};
 use treeboot_daemon::config::{self, ConfigCommand, ConfigFile, Read};
@@ -42,12 +43,25 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     treeboot_daemon::log_to_stderr();
+    take_all_files();
     match run(&options.options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Each disk is an open file and each front end a connection, and what a process gets unless it asks for more is often 1,024.
+fn take_all_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, all) {
+        tracing::warn!(%error, "the limit of open files stays as it is: disks beyond it cannot be served");
     }
 }
 

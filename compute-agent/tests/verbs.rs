@@ -195,3 +195,57 @@ async fn many_creates_at_once_share_one_attachment() {
     .await;
     rig.end().await;
 }
+
+#[tokio::test]
+async fn one_call_makes_many_disks_and_says_of_each_what_it_lacks() {
+    let rig = rig(usize::MAX).await;
+    let other = rig
+        .host
+        .create_many(vec![vm("vm-0")], &"nobody".parse().unwrap())
+        .await;
+    assert!(other.is_err(), "nobody knows the image, so nothing was begun");
+    let names: Vec<_> = (0..300).map(|n| vm(&format!("vm-{n}"))).collect();
+    let results = rig
+        .host
+        .create_many(names.clone(), &"debian@1".parse().unwrap())
+        .await
+        .unwrap();
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+    assert_eq!(rig.model.found().disks.len(), names.len());
+    let desired = rig.host.desired();
+    let identities: std::collections::BTreeSet<_> =
+        desired.disks.values().map(|disk| disk.instance).collect();
+    assert_eq!(identities.len(), names.len(), "each VM is somebody else");
+    // The same call again changes nothing, and makes the one that is missing.
+    rig.host.destroy(&names[7], false).await.unwrap();
+    let results = rig
+        .host
+        .create_many(names.clone(), &"debian".parse().unwrap())
+        .await
+        .unwrap();
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+    assert_eq!(rig.model.found().disks.len(), names.len());
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn many_disks_whose_base_fails_at_any_step_leave_nothing_and_a_retry_makes_them() {
+    let image = "debian".parse().unwrap();
+    let names: Vec<_> = (0..8).map(|n| vm(&format!("vm-{n}"))).collect();
+    for at in 0..19 {
+        let rig = rig(at).await;
+        let results = rig.host.create_many(names.clone(), &image).await.unwrap();
+        let missing = results.iter().filter(|result| result.is_err()).count();
+        assert!(missing > 0, "step {at} was not reached");
+        until("what failed is not desired any more", || {
+            rig.host.desired().disks.len() == names.len() - missing
+        })
+        .await;
+        let results = rig.host.create_many(names.clone(), &image).await.unwrap();
+        assert!(results.iter().all(Result::is_ok), "at {at}: {results:?}");
+        for name in &names {
+            rig.model.write_disk(name, 0, &[1; 4096]).unwrap();
+        }
+        rig.end().await;
+    }
+}

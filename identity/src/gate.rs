@@ -48,6 +48,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/WatchVm", Need::Person(Role::Viewer)),
     ("Agent/ListVms", Need::Person(Role::Viewer)),
     ("Agent/Create", Need::Person(Role::Operator)),
+    ("Agent/CreateMany", Need::Person(Role::Operator)),
     ("Agent/GetDiskSecret", Need::Person(Role::Operator)),
     ("Agent/Destroy", Need::Person(Role::Operator)),
     ("Agent/Snapshot", Need::Person(Role::Operator)),

@@ -37,7 +37,14 @@ pub async fn log_in(agent: &Daemon, image: &str, vm: &str) -> Result<(Session, u
         image: Some(newest(image)),
     };
     let answer = agent.agent().await?.create(request).await?;
-    let answer = answer.into_inner();
+    log_in_to(answer.into_inner(), vm).await
+}
+
+/// Logs in at the disk of an answer to `Create`, as the VM's front end.
+///
+/// # Errors
+/// The host refuses.
+pub async fn log_in_to(answer: v1::CreateResponse, vm: &str) -> Result<(Session, u16)> {
     let disk = answer.disk.context("an answer without the disk")?;
     let url: IscsiUrl = disk.url.parse()?;
     let mut options = SessionOptions::new(url.portal(), url.target.clone(), Iqn::of_vm(&VmName::new(vm)?));

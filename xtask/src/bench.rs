@@ -45,6 +45,21 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// 1,024 disks by one call, what they take of disk and memory, and the way from `create` to the first byte
+    Create {
+        /// Measured rounds
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+        /// Disks of one call
+        #[arg(long, default_value_t = 1024)]
+        disks: u32,
+        /// With an authority: TLS, and a secret for each disk
+        #[arg(long)]
+        secure: bool,
+        /// Writes the figures to this file as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Hosts on shaped links that read one image at the same moment: what each uploads, and how long it takes, by the shape of the
     /// trees. Needs root
     Links {
@@ -97,6 +112,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             seconds,
             json,
         } => (coordinator([*hosts, *at_once, *seconds])?, json),
+        What::Create {
+            rounds,
+            disks,
+            secure,
+            json,
+        } => (create([*rounds, *disks], *secure)?, json),
         What::Links {
             hosts,
             mib,
@@ -139,6 +160,19 @@ fn coordinator(numbers: [u32; 3]) -> Result<Command> {
     bench.env(demo::BIN_DIR, &programs).arg("coordinator");
     for (option, number) in ["--hosts", "--at-once", "--seconds"].iter().zip(numbers) {
         bench.arg(option).arg(number.to_string());
+    }
+    Ok(bench)
+}
+
+fn create(numbers: [u32; 2], secure: bool) -> Result<Command> {
+    let programs = demo::build_release(&["--workspace", "--exclude", "xtask"])?;
+    let mut bench = Command::new(programs.join("treeboot-bench"));
+    bench.env(demo::BIN_DIR, &programs).arg("create");
+    for (option, number) in ["--rounds", "--disks"].iter().zip(numbers) {
+        bench.arg(option).arg(number.to_string());
+    }
+    if secure {
+        bench.arg("--secure");
     }
     Ok(bench)
 }

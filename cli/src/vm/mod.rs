@@ -1,6 +1,7 @@
 //! `treeboot vm …`: one virtual machine, its private disk, and where it runs.
 
 mod list;
+mod many;
 mod show;
 mod spec;
 mod watch;
@@ -22,10 +23,15 @@ pub(crate) use watch::until_ready;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum VmVerb {
     /// Give a VM its private disk on a host, without starting it; prints the URL that a front end takes
-    #[command(after_help = "Example:\n  treeboot vm create web-1 --image debian --host host-1")]
+    #[command(
+        after_help = "Example:\n  treeboot vm create web-1 --image debian --host host-1\n  treeboot vm create web --count 1024 --image debian --host host-1"
+    )]
     Create {
         /// The VM's name
         name: VmName,
+        /// Create this many in one call: NAME-1, NAME-2, ...
+        #[arg(long, conflicts_with = "secret_file", value_parser = clap::value_parser!(u32).range(1..=4096))]
+        count: Option<u32>,
         /// NAME or NAME@VERSION; without a version the newest
         #[arg(long)]
         image: ImageRef,
@@ -120,10 +126,19 @@ pub(crate) async fn run(options: &Options, verb: VmVerb) -> Result<(), Failure> 
     match verb {
         VmVerb::Create {
             name,
+            count: Some(count),
+            image,
+            host,
+            json,
+            ..
+        } => many::create(options, &name, count, &image, host, json).await,
+        VmVerb::Create {
+            name,
             image,
             host,
             secret,
             json,
+            count: None,
         } => create(options, &name, &image, host, &secret, json).await,
         VmVerb::Show {
             name,

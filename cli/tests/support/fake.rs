@@ -393,6 +393,24 @@ impl Agent for FakeAgent {
             secret: None,
         }))
     }
+    async fn create_many(&self, request: Request<v1::CreateManyRequest>) -> Answer<v1::CreateManyResponse> {
+        let v1::CreateManyRequest { vms, image } = request.into_inner();
+        let mut created = Vec::new();
+        for vm in vms {
+            let image = image.clone();
+            let one = Request::new(v1::CreateRequest {
+                vm: vm.clone(),
+                image,
+            });
+            let disk = Agent::create(self, one).await?.into_inner().disk;
+            created.push(v1::Created {
+                vm,
+                disk,
+                ..v1::Created::default()
+            });
+        }
+        Ok(Response::new(v1::CreateManyResponse { created }))
+    }
     async fn get_disk_secret(
         &self,
         _: Request<v1::GetDiskSecretRequest>,

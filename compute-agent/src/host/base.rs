@@ -60,6 +60,50 @@ pub(super) enum BaseMsg {
     Changed { reply: Reply<()> },
 }
 
+/// Why one image is to be there, and who is to be told: one who pins it, or as many as give it to disks.
+struct Attach {
+    image: ImageId,
+    content: Content,
+    holds: Vec<Hold>,
+    replies: Vec<Reply<()>>,
+}
+
+impl Attach {
+    /// Disks whose VMs wait already share one write of the journal and one look at the base. `held` is the message that ended them.
+    fn with_those_that_wait(
+        mut self,
+        held: &mut Option<BaseMsg>,
+        inbox: &mut mpsc::Receiver<BaseMsg>,
+    ) -> Self {
+        while self.holds.len() < INBOX && matches!(self.holds.last(), Some(Hold::Disk(..))) {
+            match inbox.try_recv() {
+                Ok(BaseMsg::Attach {
+                    image,
+                    hold: hold @ Hold::Disk(..),
+                    reply,
+                    ..
+                }) if image == self.image => {
+                    self.holds.push(hold);
+                    self.replies.push(reply);
+                }
+                Ok(other) => {
+                    *held = Some(other);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        self
+    }
+}
+
+async fn next(held: &mut Option<BaseMsg>, inbox: &mut mpsc::Receiver<BaseMsg>) -> Option<BaseMsg> {
+    match held.take() {
+        Some(message) => Some(message),
+        None => inbox.recv().await,
+    }
+}
+
 /// How an attempt to become ready ended.
 enum Settled {
     /// Registered with this epoch.
@@ -105,10 +149,16 @@ impl BaseOwner {
         for image in attached {
             self.settle(&image, Duration::ZERO);
         }
+        let mut held = None;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                message = inbox.recv() => match message {
+                message = next(&mut held, &mut inbox) => match message {
+                    Some(BaseMsg::Attach { image, content, hold, reply }) => {
+                        let attach = Attach { image, content, holds: vec![hold], replies: vec![reply] };
+                        let attach = attach.with_those_that_wait(&mut held, &mut inbox);
+                        self.attach(attach).await;
+                    }
                     Some(message) => self.take(message).await,
                     None => return,
                 },
@@ -144,7 +194,16 @@ impl BaseOwner {
                 content,
                 hold,
                 reply,
-            } => self.attach(image, content, hold, reply).await,
+            } => {
+                let (holds, replies) = (vec![hold], vec![reply]);
+                self.attach(Attach {
+                    image,
+                    content,
+                    holds,
+                    replies,
+                })
+                .await;
+            }
             BaseMsg::Released { image, keep } => {
                 if let Err(error) = self.released(&image, keep).await {
                     tracing::warn!(%image, error = %super::chain(&error), "the base is not given up yet");
@@ -168,19 +227,26 @@ impl BaseOwner {
         }
     }
 
-    async fn attach(&mut self, image: ImageId, content: Content, hold: Hold, reply: Reply<()>) {
+    async fn attach(&mut self, attach: Attach) {
+        let Attach {
+            image,
+            content,
+            holds,
+            replies,
+        } = attach;
         let desired = self.shared.journal().desired();
         let state = desired.images.get(&image);
         let stored = state.is_some_and(|state| state.stored.is_some());
         let had_place = state.is_some_and(|state| state.place.is_some());
         drop(desired);
-        let waits = matches!(hold, Hold::Pin);
-        let undo = match &hold {
+        let waits = holds.iter().any(|hold| matches!(hold, Hold::Pin));
+        let disks = holds.iter().filter_map(|hold| match hold {
             Hold::Pin => None,
             Hold::Disk(vm, _) => Some(vm.clone()),
-        };
+        });
+        let undo: Vec<VmName> = disks.collect();
         let result = self
-            .attach_steps(&image, content, hold, stored || had_place)
+            .attach_steps(&image, content, holds, stored || had_place)
             .await;
         match result {
             Err(cause) => {
@@ -191,16 +257,18 @@ impl BaseOwner {
                         undo: Box::new(undo),
                     },
                 };
-                let _ = reply.send(Err(answer));
+                answer.answer(replies);
             }
             Ok(()) if stored || self.shared.board.is_ready(&image) || !waits => {
                 if !stored && !had_place {
                     self.settle(&image, Duration::ZERO);
                 }
-                let _ = reply.send(Ok(()));
+                for reply in replies {
+                    let _ = reply.send(Ok(()));
+                }
             }
             Ok(()) => {
-                self.waiting.entry(image.clone()).or_default().push(reply);
+                self.waiting.entry(image.clone()).or_default().extend(replies);
                 if !had_place {
                     self.settle(&image, Duration::ZERO);
                 }
@@ -212,7 +280,7 @@ impl BaseOwner {
         &mut self,
         image: &ImageId,
         content: Content,
-        hold: Hold,
+        holds: Vec<Hold>,
         there: bool,
     ) -> Result<(), HostError> {
         let mut changes = Vec::new();
@@ -232,11 +300,13 @@ impl BaseOwner {
                 place,
             });
         }
-        let image = image.clone();
-        changes.push(match hold {
-            Hold::Pin => Change::Pinned { image, pinned: true },
+        changes.extend(holds.into_iter().map(|hold| match hold {
+            Hold::Pin => Change::Pinned {
+                image: image.clone(),
+                pinned: true,
+            },
             Hold::Disk(vm, disk) => Change::Disk { vm, disk },
-        });
+        }));
         self.shared.journal().commit(changes).await?;
         self.reach("the attachment").await
     }
@@ -245,12 +315,13 @@ impl BaseOwner {
     async fn take_back(
         &mut self,
         image: &ImageId,
-        vm: Option<VmName>,
+        vms: Vec<VmName>,
         was_there: bool,
     ) -> Result<(), HostError> {
-        if let Some(vm) = vm {
-            // Its delta was not made yet.
-            self.shared.journal().commit([Change::DiskGone { vm }]).await?;
+        if !vms.is_empty() {
+            // Their deltas were not made yet.
+            let gone = vms.into_iter().map(|vm| Change::DiskGone { vm });
+            self.shared.journal().commit(gone).await?;
         }
         if was_there {
             return Ok(());

@@ -139,12 +139,31 @@ pub enum HostError {
         /// What can be done instead.
         instead: &'static str,
     },
+    /// What several calls had in common failed.
+    #[error(transparent)]
+    Shared(std::sync::Arc<HostError>),
     /// The agent ends.
     #[error("the agent of host '{host}' is stopping; try again when it is back")]
     Stopping {
         /// This host.
         host: String,
     },
+}
+
+impl HostError {
+    /// Tells it to all who wait.
+    pub(super) fn answer<T>(self, mut replies: Vec<super::base::Reply<T>>) {
+        if replies.len() == 1
+            && let Some(only) = replies.pop()
+        {
+            let _ = only.send(Err(self));
+            return;
+        }
+        let shared = std::sync::Arc::new(self);
+        for reply in replies {
+            let _ = reply.send(Err(Self::Shared(std::sync::Arc::clone(&shared))));
+        }
+    }
 }
 
 fn some(vms: &[VmName]) -> String {

@@ -6,6 +6,7 @@
 
 mod base;
 mod error;
+mod many;
 mod mend;
 mod report;
 mod restore;
@@ -426,8 +427,7 @@ impl Host {
     /// # Errors
     /// [`HostError`]; nothing is left of the disk then.
     pub async fn create(&self, vm: &VmName, image: &ImageRef) -> Result<(), HostError> {
-        let image = image.clone();
-        self.ask_vm(vm, |reply| VmMsg::Create { image, reply }).await
+        self.create_known(vm, image, None).await
     }
 
     /// Ends a VM and deletes its disk.

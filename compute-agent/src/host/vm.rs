@@ -18,15 +18,17 @@ use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
 use super::{Host, HostError, Shared, chain, is_running, obstacle_of, reach_error};
 use crate::desired::{Change, DiskState, VmState};
 use crate::plane::{DiskPlace, Scope};
-use crate::stack::WantedDisk;
+use crate::stack::{Content, WantedDisk};
 
 /// Messages that may wait for one VM's owner.
 const INBOX: usize = 16;
 /// How long a guest may take to shut down before it is ended.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 pub(super) enum VmMsg {
+    /// `known`: what the image is, where whoever asks has found it out already.
     Create {
         image: ImageRef,
+        known: Option<(ImageId, Content)>,
         reply: Reply<()>,
     },
     Destroy {
@@ -159,8 +161,8 @@ impl VmOwner {
     /// Whether the VM's name is free after the message.
     async fn take(&mut self, message: VmMsg) -> bool {
         match message {
-            VmMsg::Create { image, reply } => {
-                let result = self.create(&image).await;
+            VmMsg::Create { image, known, reply } => {
+                let result = self.create(&image, known).await;
                 let failed = result.is_err();
                 let _ = reply.send(result);
                 failed && !self.shared.journal().desired().disks.contains_key(&self.vm)
@@ -182,7 +184,7 @@ impl VmOwner {
         }
     }
 
-    async fn create(&mut self, image: &ImageRef) -> Result<(), HostError> {
+    async fn create(&mut self, image: &ImageRef, known: Option<(ImageId, Content)>) -> Result<(), HostError> {
         let desired = self.shared.journal().desired();
         if let Some(there) = desired.disks.get(&self.vm) {
             if there.doomed {
@@ -200,7 +202,10 @@ impl VmOwner {
                 return self.reach_disk().await;
             }
         }
-        let (image, content) = self.host.resolve(image).await?;
+        let (image, content) = match known {
+            Some(known) => known,
+            None => self.host.resolve(image).await?,
+        };
         let disk = DiskState {
             image: image.clone(),
             disk: WantedDisk {
@@ -216,7 +221,12 @@ impl VmOwner {
             hold: Hold::Disk(self.vm.clone(), disk),
             reply,
         });
-        attach.await?;
+        // The secret is made meanwhile: both are synced to the disk.
+        let ((), attached) = tokio::join!(self.shared.settings.keys.make_disk(&self.vm), attach);
+        if let Err(error) = attached {
+            self.shared.settings.keys.disk_gone(&self.vm).await;
+            return Err(error);
+        }
         match self.reach_disk().await {
             Ok(()) => {
                 self.report.send_modify(|report| report.image = Some(image));
@@ -345,7 +355,7 @@ impl VmOwner {
             &request.image,
             self.shared.journal().desired().disks.get(&self.vm),
         ) {
-            (Some(image), _) => self.create(image).await?,
+            (Some(image), _) => self.create(image, None).await?,
             (None, Some(disk)) if !disk.doomed => self.reach_disk().await?,
             (None, _) => {
                 return Err(HostError::Invalid(format!(

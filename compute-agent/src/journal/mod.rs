@@ -307,12 +307,14 @@ impl Writer {
             written
         };
         self.note(&written);
+        let mut accepted = accepted;
+        if written.is_ok() {
+            // All at once: readers of the old state make the first fold a copy of everything.
+            self.fold(accepted.iter_mut().flat_map(|entry| entry.records.drain(..)));
+        }
         for entry in accepted {
             let answer = match &written {
-                Ok(()) => {
-                    self.fold(entry.records);
-                    Ok(())
-                }
+                Ok(()) => Ok(()),
                 Err(source) => Err(JournalError::Io {
                     path: self.path.clone(),
                     doing: "written",
@@ -353,7 +355,7 @@ impl Writer {
         });
     }
 
-    fn fold(&self, records: Vec<Record>) {
+    fn fold(&self, records: impl Iterator<Item = Record>) {
         self.published.send_if_modified(|desired| {
             let mut changed = false;
             for record in records {

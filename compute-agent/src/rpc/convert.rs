@@ -1,11 +1,12 @@
 //! Answers as messages, and the requests that have more in them than a name.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tonic::Status;
 use treeboot_hypervisor::{Readiness, Seed};
 use treeboot_proto::v1;
-use treeboot_types::ImageRef;
+use treeboot_types::{ImageRef, VmName};
 
 use super::invalid;
 use crate::doctor::Finding;
@@ -14,6 +15,26 @@ use crate::plane::{BaseStats, PathStats};
 
 /// Longest text that a console is searched for.
 const MAX_CONSOLE_LINE_BYTES: usize = 1024;
+
+/// Most VMs that one call creates: what a client lets an answer be (4 MiB) holds twice as many.
+const MAX_VMS: usize = 4096;
+
+/// Names of VMs, each once.
+pub(super) fn names_once(names: &[String]) -> Result<Vec<VmName>, Status> {
+    if names.is_empty() || names.len() > MAX_VMS {
+        return Err(invalid(format!(
+            "{} VMs in one call; give 1 to {MAX_VMS}",
+            names.len()
+        )));
+    }
+    let mut seen = BTreeSet::new();
+    let parsed = names.iter().map(|name| VmName::new(name).map_err(invalid));
+    let parsed: Vec<_> = parsed.collect::<Result<_, _>>()?;
+    match parsed.iter().find(|vm| !seen.insert(*vm)) {
+        Some(twice) => Err(invalid(format!("VM '{twice}' is named twice"))),
+        None => Ok(parsed),
+    }
+}
 
 pub(super) fn finding(finding: &Finding) -> v1::Finding {
     v1::Finding {

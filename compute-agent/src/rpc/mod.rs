@@ -60,6 +60,26 @@ impl Service {
         })
     }
 
+    /// How one of many ended.
+    fn created(&self, vm: &VmName, result: Result<(), HostError>) -> v1::Created {
+        let mut created = v1::Created {
+            vm: vm.to_string(),
+            ..v1::Created::default()
+        };
+        match result.and_then(|()| self.disk(vm)) {
+            Ok(disk) => {
+                created.secret = self.secret_of(vm).filter(|_| disk.chap);
+                created.disk = Some(disk);
+            }
+            Err(error) => {
+                let status = status(error);
+                created.code = status.code() as u32;
+                created.error = status.message().to_owned();
+            }
+        }
+        created
+    }
+
     /// What the VM's front end proves itself by.
     fn secret_of(&self, vm: &VmName) -> Option<v1::DiskSecret> {
         Some(v1::DiskSecret {
@@ -152,6 +172,7 @@ fn code(error: &HostError) -> tonic::Code {
             _ => Code::Internal,
         },
         HostError::Undo { cause, .. } => self::code(cause),
+        HostError::Shared(cause) => self::code(cause),
         HostError::Reach { source, .. } => match source {
             crate::apply::ReachError::Inspect(plane)
             | crate::apply::ReachError::Step { source: plane, .. } => plane_code(plane),
@@ -190,6 +211,24 @@ impl Agent for Service {
         let secret = self.secret_of(&vm).filter(|_| disk.chap);
         let disk = Some(disk);
         Ok(Response::new(v1::CreateResponse { disk, secret }))
+    }
+
+    async fn create_many(
+        &self,
+        request: Request<v1::CreateManyRequest>,
+    ) -> Result<Response<v1::CreateManyResponse>, Status> {
+        let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
+        self.may_use(&request, &image).await?;
+        let vms = convert::names_once(&request.into_inner().vms)?;
+        let (host, names) = (self.host.clone(), vms.clone());
+        let results = whole(async move { host.create_many(names, &image).await }).await?;
+        let created = vms
+            .iter()
+            .zip(results)
+            .map(|(vm, result)| self.created(vm, result));
+        Ok(Response::new(v1::CreateManyResponse {
+            created: created.collect(),
+        }))
     }
 
     async fn get_disk_secret(

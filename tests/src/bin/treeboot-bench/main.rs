@@ -4,6 +4,7 @@
 
 mod boot;
 mod coordinator;
+mod create;
 mod links;
 mod target;
 
@@ -24,6 +25,8 @@ enum Bench {
     /// The bare service.
     #[command(hide = true)]
     CoordinatorBare(coordinator::bare::Options),
+    /// 1,024 disks by one call, and the way from `create` to the first byte.
+    Create(create::Options),
     /// Hosts on shaped links that read one image at the same moment, for each shape of the trees: uploads and times.
     Links(links::Options),
     /// Our target beside tgt, with iscsi-perf as the client: IOPS, MB/s, the server's processor time for each read.
@@ -68,6 +71,7 @@ fn work(bench: Bench) -> Result<ExitCode> {
         Bench::Boot(options) => runtime.block_on(boot::run(&options))?,
         Bench::Coordinator(options) => runtime.block_on(coordinator::run(&options))?,
         Bench::CoordinatorBare(options) => runtime.block_on(coordinator::bare::run(&options))?,
+        Bench::Create(options) => runtime.block_on(create::run(&options))?,
         // Its networks are entered thread by thread.
         Bench::Links(options) => links::run(&options)?,
         Bench::Target(options) => runtime.block_on(target::run(&options))?,
