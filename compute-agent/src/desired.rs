@@ -12,6 +12,7 @@ use treeboot_types::{
     VmName,
 };
 
+use crate::planted::{Bug, planted};
 use crate::stack::{Access, Backing, Content, PathTo, Sources, StripePaths, Wanted, WantedBase, WantedDisk};
 
 /// How many caches of images that nothing here uses any more stay on the disk: a fleet that is stopped and started
@@ -399,7 +400,7 @@ impl Desired {
             // A store serves anyone: whoever lost all its parents falls back to an origin, whose children the
             // coordinator does not have to list.
             let access = match (&state.stored, &state.place) {
-                (None, Some(place)) => Access::Hosts(place.children.clone()),
+                (None, Some(place)) if !planted(Bug::AnybodyLetIn) => Access::Hosts(place.children.clone()),
                 _ => Access::Anyone,
             };
             base.exports.insert(id.clone(), access);

@@ -1,7 +1,7 @@
 //! The one task that owns the trees: requests in through a bounded queue; what they decide is saved as one batch,
 //! and only then answered and pushed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,8 +10,9 @@ use treeboot_types::Tick;
 
 use crate::figures::Figures;
 use crate::note;
+use crate::outbox::Outbox;
 use crate::store::{Store, StoreError};
-use crate::tree::{Answer, Beat, Call, CallId, Change, Effect, Event, Forest, Key, Push, Refusal, StreamId};
+use crate::tree::{Answer, Beat, Call, CallId, Change, Effect, Event, Forest, Push, Refusal, StreamId};
 
 /// Requests that wait for the owner. A burst of 1,000 joins fits; what is beyond waits in its own connection.
 const QUEUE: usize = 4_096;
@@ -162,8 +163,7 @@ pub fn spawn(
         streams: HashMap::new(),
         calls: HashMap::new(),
         next_call: 0,
-        unsaved: BTreeMap::new(),
-        held: Vec::new(),
+        outbox: Outbox::default(),
         not_saved: None,
         health: told,
         figures: Arc::clone(&figures),
@@ -184,11 +184,8 @@ struct Owner {
     streams: HashMap<StreamId, mpsc::Sender<Push>>,
     calls: HashMap<CallId, Reply>,
     next_call: u64,
-    /// Changes that are not durable yet, the newest of each key.
-    unsaved: BTreeMap<Key, Change>,
-    /// Effects that wait for them.
-    held: Vec<Effect>,
-    /// Why the newest attempt to make them durable failed.
+    outbox: Outbox,
+    /// Why the newest attempt to make decisions durable failed.
     not_saved: Option<String>,
     health: watch::Sender<Health>,
     figures: Arc<Figures>,
@@ -257,45 +254,37 @@ impl Owner {
         let now = Tick(u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX));
         let mut effects = Vec::new();
         self.forest.step(now, event, &mut effects);
-        for effect in effects {
-            match effect {
-                Effect::Save(change) => {
-                    self.unsaved.insert(change.key().clone(), change);
-                }
-                Effect::Note(note) => {
-                    self.figures.note(&note);
-                    note::log(&note);
-                }
-                other => self.held.push(other),
-            }
+        for note in self.outbox.take(effects) {
+            self.figures.note(&note);
+            note::log(&note);
         }
     }
 
     /// Makes decisions durable, then answers and pushes them.
     async fn settle(&mut self) {
-        if !self.unsaved.is_empty()
+        let changes = self.outbox.unsaved().len();
+        if changes > 0
             && let Err(error) = self.save().await
         {
             let why = chain(&error);
             // Tried again several times a beat: a word when it begins, or when the reason changes.
             if self.not_saved.as_ref() != Some(&why) {
-                tracing::error!(changes = self.unsaved.len(), "{why}");
+                tracing::error!(changes, "{why}");
             }
             self.not_saved = Some(why.clone());
-            // Who waits for an answer is told; pushes wait, because a host must not act on what may be forgotten.
-            for effect in std::mem::take(&mut self.held) {
-                match effect {
-                    Effect::Answer(call, _) => self.answer(call, Err(CallError::NotSaved(why.clone()))),
-                    other => self.held.push(other),
-                }
+            let (calls, acks) = self.outbox.not_saved();
+            for call in calls {
+                self.answer(call, Err(CallError::NotSaved(why.clone())));
             }
-            self.bound_held();
+            for (stream, ack) in acks {
+                self.push(stream, ack);
+            }
             return;
         }
         if self.not_saved.take().is_some() {
             tracing::info!("the record can be written again; nothing was lost");
         }
-        let held = without_outdated(std::mem::take(&mut self.held));
+        let held = self.outbox.saved();
         for effect in held {
             match effect {
                 Effect::Answer(call, answer) => self.answer(call, answer.map_err(CallError::Refused)),
@@ -306,20 +295,10 @@ impl Owner {
         }
     }
 
-    /// While nothing can be saved, pushes do not pile up. Acknowledgements go out: that a beat came is true whatever is kept.
-    fn bound_held(&mut self) {
-        for effect in without_outdated(std::mem::take(&mut self.held)) {
-            match effect {
-                Effect::Push(stream, push @ Push::Ack { .. }) => self.push(stream, push),
-                other => self.held.push(other),
-            }
-        }
-    }
-
     fn tell_health(&self) {
         let now = Health {
             not_saved: self.not_saved.clone(),
-            waiting: self.unsaved.len(),
+            waiting: self.outbox.unsaved().len(),
             rebuilding: self.forest.is_rebuilding(),
         };
         self.health.send_if_modified(|told| {
@@ -332,7 +311,7 @@ impl Owner {
     }
 
     async fn save(&mut self) -> Result<(), StoreError> {
-        let changes: Vec<Change> = self.unsaved.values().cloned().collect();
+        let changes: Vec<Change> = self.outbox.unsaved().cloned().collect();
         let store = Arc::clone(&self.store);
         let began = Instant::now();
         let saved = tokio::task::spawn_blocking(move || store.apply(&changes)).await;
@@ -346,7 +325,6 @@ impl Owner {
                 });
             }
         }
-        self.unsaved.clear();
         Ok(())
     }
 
@@ -372,21 +350,6 @@ impl Owner {
             self.step(Event::StreamClosed(stream));
         }
     }
-}
-
-/// Of several placements for one host and image only the last is worth sending.
-fn without_outdated(effects: Vec<Effect>) -> Vec<Effect> {
-    let mut seen = std::collections::HashSet::new();
-    let mut kept: Vec<Effect> = effects
-        .into_iter()
-        .rev()
-        .filter(|effect| match effect {
-            Effect::Push(stream, Push::Placement(p)) => seen.insert((*stream, p.image.id.clone())),
-            _ => true,
-        })
-        .collect();
-    kept.reverse();
-    kept
 }
 
 /// An error with its causes.

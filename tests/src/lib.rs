@@ -1,7 +1,7 @@
 //! Real processes under test: daemons as a person would start them, on addresses and in folders of their own, with their end assured.
 //!
-//! `tests/processes` and the programs `treeboot-demo` and `treeboot-bench` are written with it. Deliberately absent: the daemons' crates.
-//! What is tested here is what is installed, over its own wires.
+//! `tests/processes` and the programs `treeboot-demo` and `treeboot-bench` are written with it. Deliberately absent there: the daemons' crates.
+//! What is tested is what is installed, over its own wires. Only [`sim`] uses them: it runs their pure parts in virtual time.
 
 #![forbid(unsafe_code)]
 
@@ -19,6 +19,7 @@ pub mod need;
 pub mod network;
 pub mod reader;
 pub mod scratch;
+pub mod sim;
 pub mod stats;
 pub mod table;
 pub mod tgt;

@@ -9,6 +9,7 @@ mod bench;
 mod demo;
 mod guest;
 mod lab;
+mod sim;
 mod soak;
 mod test;
 mod workspace;
@@ -39,9 +40,11 @@ enum Command {
     Guest(guest::Args),
     /// Real Linux hosts on this machine, as user-mode Linux guests, with a coordinator and an origin; needs root.
     Lab(lab::Args),
+    /// Simulates installations in virtual time, one from each seed: hosts, faults and a coordinator, and looks for broken laws.
+    Sim(sim::Args),
     /// Everything that must hold: formatting, lints, and all tests, with real daemons and guests.
     Test(test::Args),
-    /// Fuzzes each target and runs the oracle for long; needs cargo-fuzz.
+    /// Fuzzes each target, runs the oracle and simulates for long; fuzzing needs cargo-fuzz.
     Soak(soak::Args),
     /// As `test`, but a test that had to be skipped is a failure.
     Ci(test::Args),
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Guest(args) => guest::run(args),
         Command::Lab(args) => lab::run(&args),
+        Command::Sim(args) => sim::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::Test(args) => test::run(&args, std::env::var_os("CI").is_some()),
         Command::Ci(args) => test::run(&args, true),

@@ -1,5 +1,5 @@
-//! `cargo xtask soak`: what only time finds. Each fuzz target under libFuzzer, then the oracle of the target's data, one
-//! after another, so that they do not take each other's processor.
+//! `cargo xtask soak`: what only time finds. Each fuzz target under libFuzzer, then the oracle of the target's data, then the
+//! simulation, one after another, so that they do not take each other's processor.
 //!
 //! libFuzzer needs flags that stable Rust keeps to itself; `RUSTC_BOOTSTRAP=1` lends them to this one build, so that
 //! nobody needs a second toolchain. Our crates have no `unsafe` of their own to sanitise, so no sanitizer is linked.
@@ -34,7 +34,13 @@ pub(crate) struct Args {
     /// Minutes for each target, and for the oracle
     #[arg(long, default_value_t = 60)]
     minutes: u64,
-    /// Only these; 'oracle' is one of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
+    /// Seeds of the simulation
+    #[arg(long, default_value_t = 100_000)]
+    seeds: u64,
+    /// Hosts of a simulated fleet
+    #[arg(long, default_value_t = 200)]
+    hosts: u64,
+    /// Only these; 'oracle' and 'sim' are of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
     #[arg(value_name = "TARGET", value_parser = targets())]
     only: Vec<String>,
 }
@@ -43,7 +49,7 @@ fn targets() -> clap::builder::PossibleValuesParser {
     TARGETS
         .iter()
         .copied()
-        .chain(["oracle", KERNEL])
+        .chain(["oracle", "sim", KERNEL])
         .collect::<Vec<_>>()
         .into()
 }
@@ -87,6 +93,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             log_of(&logs, "oracle").display()
         );
         outcomes.push(oracle(limit, &logs)?);
+    }
+    if wanted("sim") {
+        eprintln!(
+            "xtask: {} seeds of the simulation; its log is {}",
+            args.seeds,
+            log_of(&logs, "sim").display()
+        );
+        outcomes.push(sim(args, &logs)?);
     }
     if args.only.iter().any(|only| only == KERNEL) {
         eprintln!(
@@ -271,6 +285,23 @@ fn oracle(limit: Duration, logs: &Path) -> Result<Outcome> {
         name: "oracle",
         seconds: took.as_secs(),
         executions: commands,
+        corpus: None,
+        finding: (!well).then(|| format!("see {}", log.display())),
+    })
+}
+
+fn sim(args: &Args, logs: &Path) -> Result<Outcome> {
+    let mut sim = Command::new(crate::sim::build()?);
+    sim.args(["--seeds", &args.seeds.to_string()])
+        .args(["--hosts", &args.hosts.to_string()])
+        .arg("--json")
+        .arg(logs.join("sim.json"));
+    let log = log_of(logs, "sim");
+    let (well, took, _) = logged(&mut sim, &log)?;
+    Ok(Outcome {
+        name: "sim",
+        seconds: took.as_secs(),
+        executions: Some(args.seeds),
         corpus: None,
         finding: (!well).then(|| format!("see {}", log.display())),
     })

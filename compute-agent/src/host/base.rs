@@ -15,6 +15,7 @@ use treeboot_types::{Digest, Epoch, ImageId, Iqn, Placement, VmName};
 use super::view::{Readiness, endpoint};
 use super::{HostError, Shared};
 use crate::desired::{Change, DiskState, Place};
+use crate::heed::{self, Ending, Heeded};
 use crate::link::LinkError;
 use crate::plane::PlaneFuture;
 use crate::stack::Content;
@@ -406,39 +407,27 @@ impl BaseOwner {
     async fn placed(&mut self, placement: &Placement) {
         let image = &placement.image.id;
         let desired = self.shared.journal().desired();
-        let Some(state) = desired.images.get(image) else {
-            // An attachment that was just given up.
-            tracing::debug!(%image, "a placement of an image that is not attached");
-            return;
-        };
-        if state.stored.is_some() {
-            // An origin is told of its children; it lets everybody in and has no parents.
-            return;
-        }
-        let place = Place::of(placement);
-        let old = match &state.place {
-            Some(old) if old.epoch > place.epoch => {
-                tracing::debug!(%image, given = %place.epoch, current = %old.epoch, "an older placement");
+        let epoch = placement.epoch;
+        let (change, moved) = match heed::placement(&desired, placement) {
+            Heeded::Taken { change, moved } => (*change, moved),
+            Heeded::InStore => return,
+            Heeded::NotAttached => {
+                tracing::debug!(%image, "a placement of an image that is not attached");
                 return;
             }
-            Some(old) => Some(old.sources()),
-            None => None,
+            Heeded::Older { current } => {
+                tracing::debug!(%image, given = %epoch, %current, "an older placement");
+                return;
+            }
         };
-        let moved = old.as_ref() != Some(&place.sources());
         if moved {
-            let parents: Vec<_> = place
-                .stripes
-                .iter()
-                .flat_map(|s| &s.active)
-                .map(|p| &p.path)
-                .collect();
-            tracing::info!(%image, epoch = %place.epoch, ?parents, "a new place");
+            let active = placement.stripes.iter().flat_map(|stripe| &stripe.active);
+            let parents: Vec<_> = active.map(|p| (&p.host, &p.endpoint.portal)).collect();
+            tracing::info!(%image, %epoch, ?parents, "a new place");
         }
-        let change = Change::Placed {
-            image: image.clone(),
-            content: state.content,
-            place,
-        };
+        if let Some(old) = desired.images.get(image).and_then(|state| state.place.clone()) {
+            self.shared.board.acts_on(image, old);
+        }
         if let Err(error) = self.shared.journal().learn(change).await {
             tracing::error!(%image, %error, "the new place is not taken");
             return;
@@ -454,15 +443,16 @@ impl BaseOwner {
     }
 
     async fn unwanted(&mut self, image: &ImageId, epoch: Epoch, reason: &str) {
-        let desired = self.shared.journal().desired();
-        let current = self.place_epoch(image);
-        if current.is_none_or(|current| current > epoch) {
-            return;
-        }
-        if let Some(vm) = desired.disks_of(image).next() {
-            // A VM's base is never pulled from under it; whoever removed the image by force learns it here.
-            tracing::warn!(%image, %vm, reason, "the coordinator wants the image detached, but VMs use it: it stays");
-            return;
+        match heed::detach(&self.shared.journal().desired(), image, epoch) {
+            Ending::Ends => {}
+            Ending::Outdated => return,
+            Ending::InUse(vm) => {
+                // Whoever removed the image by force learns it here.
+                tracing::warn!(%image, %vm, reason, "the coordinator wants the image detached, but VMs use it: it stays");
+                // Where only the place was lost, it gets another one.
+                self.rejoin(image).await;
+                return;
+            }
         }
         tracing::info!(%image, reason, "the coordinator wants the image detached");
         if let Err(error) = self.forget(image, false).await {
@@ -471,7 +461,13 @@ impl BaseOwner {
     }
 
     async fn reach(&mut self, what: &str) -> Result<(), HostError> {
-        self.shared.reach(self.digest, what).await
+        self.shared.reach(self.digest, what).await?;
+        for (image, state) in &self.shared.journal().desired().images {
+            if state.content.digest == self.digest {
+                self.shared.board.acts_as_told(image);
+            }
+        }
+        Ok(())
     }
 
     /// Begins an attempt to read the base and to register it, after a pause.

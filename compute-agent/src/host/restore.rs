@@ -10,16 +10,7 @@ use crate::plane::{self, Plane, Scope};
 /// What the journal says is served again, and what was half destroyed is gone.
 pub(super) async fn restore(applier: &Applier) -> Result<(), HostError> {
     let desired = applier.journal.desired();
-    // An attachment that nothing holds: the agent died between giving it up and saying so.
-    let idle = desired.images.iter().filter(|(image, state)| {
-        state.place.is_some() && !state.pinned && desired.disks_of(image).next().is_none()
-    });
-    let detached: Vec<_> = idle
-        .map(|(image, _)| Change::Detached {
-            image: image.clone(),
-            keep_cache: true,
-        })
-        .collect();
+    let detached = crate::heed::left_idle(&desired);
     if !detached.is_empty() {
         applier.journal.commit(detached).await?;
     }

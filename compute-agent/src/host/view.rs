@@ -11,7 +11,7 @@ use treeboot_types::{
     StripeIndex,
 };
 
-use crate::desired::Desired;
+use crate::desired::{Desired, Place};
 use crate::journal::Journal;
 use crate::link::HostView;
 use crate::plane::{self, Plane};
@@ -20,6 +20,8 @@ use crate::plane::{self, Plane};
 #[derive(Debug, Default)]
 pub(crate) struct Board {
     entries: Mutex<BTreeMap<ImageId, Readiness>>,
+    /// Places that paths still follow while newer ones are being reached.
+    acting: Mutex<BTreeMap<ImageId, Place>>,
     pub(crate) changed: Notify,
 }
 
@@ -39,9 +41,20 @@ impl Board {
     }
 
     pub(crate) fn forget(&self, image: &ImageId) {
+        self.acts_as_told(image);
         if self.entries.lock().remove(image).is_some() {
             self.changed.notify_one();
         }
+    }
+
+    /// A newer place is about to be reached. Until it is, the coordinator is told that this one is acted on.
+    pub(crate) fn acts_on(&self, image: &ImageId, place: Place) {
+        self.acting.lock().entry(image.clone()).or_insert(place);
+    }
+
+    /// The paths are those of the newest place.
+    pub(crate) fn acts_as_told(&self, image: &ImageId) {
+        self.acting.lock().remove(image);
     }
 
     pub(crate) fn is_ready(&self, image: &ImageId) -> bool {
@@ -74,7 +87,9 @@ pub(crate) fn attachment(
     image: &ImageId,
 ) -> Option<Attachment> {
     let state = desired.images.get(image)?;
-    let place = state.place.as_ref()?;
+    let newest = state.place.as_ref()?;
+    let acting = board.acting.lock();
+    let place = acting.get(image).unwrap_or(newest);
     Some(Attachment {
         image: image.clone(),
         digest: state.content.digest,

@@ -16,6 +16,7 @@ use crate::identity::reason;
 
 use crate::keys::Keys;
 
+use super::talk::{Talk, state_digest};
 use super::{Identity, LinkEvent, Stream};
 
 /// First and longest pause before the stream is tried again.
@@ -26,8 +27,6 @@ const WELCOME_LIMIT: Duration = Duration::from_secs(5);
 const BEATS: usize = 8;
 /// Bounds of the pace that a coordinator may ask for, in milliseconds: a zero would spin, a day would be silence.
 const BEAT_MS: (u64, u64) = (20, 60_000);
-/// Complaints kept for a coordinator that is away; more of them say nothing new.
-const COMPLAINTS: usize = 256;
 
 /// What a host tells of itself.
 pub trait HostView: Send + Sync + 'static {
@@ -56,15 +55,10 @@ enum End {
     Lost(String),
 }
 
-/// What one stream has sent and heard.
-struct Talk {
+/// A stream, and what was said on it.
+struct Line {
     beats: mpsc::Sender<v1::Beat>,
-    sequence: u64,
-    told_digest: Vec<u8>,
-    complaints: Vec<v1::BadParent>,
-    /// Sequence of the beat that carried the first so many of `complaints`; they are said again on the next stream
-    /// unless it is acknowledged.
-    complained_in: Option<(u64, usize)>,
+    talk: Talk<v1::BadParent>,
 }
 
 impl<V: HostView> Heart<V> {
@@ -114,26 +108,23 @@ impl<V: HostView> Heart<V> {
         welcomed: &mut bool,
     ) -> End {
         let (beats, outbox) = mpsc::channel(BEATS);
-        let mut talk = Talk {
+        let mut line = Line {
             beats,
-            sequence: 0,
-            told_digest: Vec::new(),
-            complaints: std::mem::take(complaints),
-            complained_in: None,
+            talk: Talk::new(std::mem::take(complaints)),
         };
-        let end = self.talk(&mut talk, outbox, stop, welcomed).await;
-        *complaints = talk.complaints;
+        let end = self.talk(&mut line, outbox, stop, welcomed).await;
+        *complaints = line.talk.unheard();
         end
     }
 
     async fn talk(
         &mut self,
-        talk: &mut Talk,
+        line: &mut Line,
         outbox: mpsc::Receiver<v1::Beat>,
         stop: &CancellationToken,
         welcomed: &mut bool,
     ) -> End {
-        if !self.beat(talk, true) {
+        if !self.beat(line, true) {
             return End::Lost("the stream is full".into());
         }
         let open = self.client.heartbeat(ReceiverStream::new(outbox));
@@ -154,14 +145,14 @@ impl<V: HostView> Heart<V> {
             let push = tokio::select! {
                 () = stop.cancelled() => return End::Stopped,
                 () = self.view.changed(), if *welcomed => {
-                    if !self.beat(talk, false) {
+                    if !self.beat(line, false) {
                         return End::Lost("beats are not taken".into());
                     }
                     continue;
                 }
                 () = tokio::time::sleep_until(next_beat), if *welcomed => {
                     next_beat = tokio::time::Instant::now() + beat_every;
-                    if !self.beat(talk, false) {
+                    if !self.beat(line, false) {
                         return End::Lost("beats are not taken".into());
                     }
                     continue;
@@ -190,14 +181,7 @@ impl<V: HostView> Heart<V> {
                     self.state.send_replace(Stream::Up);
                     self.tell(LinkEvent::Connected { epoch }).await;
                 }
-                Some(Push::Ack(ack)) => {
-                    if let Some((sequence, count)) = talk.complained_in
-                        && ack.sequence >= sequence
-                    {
-                        talk.complaints.drain(..count);
-                        talk.complained_in = None;
-                    }
-                }
+                Some(Push::Ack(ack)) => line.talk.acknowledged(ack.sequence),
                 Some(Push::Placement(placement)) => {
                     // Before anybody acts on the place.
                     self.keys.placed(&placement).await;
@@ -206,7 +190,7 @@ impl<V: HostView> Heart<V> {
                         Err(error) => tracing::warn!(%error, "a placement that cannot be used"),
                     }
                 }
-                Some(Push::SendState(_)) if !self.beat(talk, true) => {
+                Some(Push::SendState(_)) if !self.beat(line, true) => {
                     return End::Lost("beats are not taken".into());
                 }
                 Some(Push::SendState(_)) => {}
@@ -232,53 +216,23 @@ impl<V: HostView> Heart<V> {
     }
 
     /// Puts a beat on the stream, with the whole state where it changed or was asked for.
-    fn beat(&mut self, talk: &mut Talk, whole: bool) -> bool {
-        talk.complaints.extend(self.view.complaints());
-        talk.complaints.truncate(COMPLAINTS);
-        talk.sequence += 1;
+    fn beat(&mut self, line: &mut Line, whole: bool) -> bool {
         let state = self.view.state();
         let digest = state_digest(&state);
-        let whole = whole || digest != talk.told_digest;
-        let complain = !talk.complaints.is_empty() && talk.complained_in.is_none();
-        if complain {
-            talk.complained_in = Some((talk.sequence, talk.complaints.len()));
-        }
+        let sign = line.talk.beat(&digest, self.view.complaints(), whole);
         let beat = v1::Beat {
-            sequence: talk.sequence,
+            sequence: sign.sequence,
             host: self.identity.host.to_string(),
             instance: self.identity.instance.clone(),
-            state_digest: digest.clone(),
-            state: whole.then_some(state),
-            bad_parents: if complain {
-                talk.complaints.clone()
-            } else {
-                Vec::new()
-            },
+            state_digest: digest,
+            state: sign.whole.then_some(state),
+            bad_parents: sign.complaints,
         };
-        talk.told_digest = digest;
-        talk.beats.try_send(beat).is_ok()
+        line.beats.try_send(beat).is_ok()
     }
 
     async fn tell(&self, event: LinkEvent) {
         // The host ends before its link does only when the whole agent ends.
         let _ = self.events.send(event).await;
     }
-}
-
-/// Equal states have equal digests. Labels are hashed in order, because the message holds them in none.
-fn state_digest(state: &v1::HostState) -> Vec<u8> {
-    use prost::Message as _;
-    use sha2::Digest as _;
-    let mut state = state.clone();
-    let labels = state.info.as_mut().map(|info| std::mem::take(&mut info.labels));
-    let labels: std::collections::BTreeMap<_, _> = labels.into_iter().flatten().collect();
-    let mut hasher = sha2::Sha256::new();
-    hasher.update(state.encode_to_vec());
-    for (key, value) in labels {
-        hasher.update((key.len() as u64).to_le_bytes());
-        hasher.update(key);
-        hasher.update((value.len() as u64).to_le_bytes());
-        hasher.update(value);
-    }
-    hasher.finalize().to_vec()
 }

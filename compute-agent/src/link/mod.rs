@@ -4,6 +4,7 @@
 //! with an error that names its address. Deliberately absent: what a placement means (the image owners' business).
 
 mod beat;
+pub mod talk;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use treeboot_types::{Digest, ImageId, VmName};
 
 use super::{Access, Found, FoundDelta, Step, Wanted, WantedDisk};
+use crate::planted::{Bug, planted};
 
 /// What a plan cannot reach, and why; nothing of it was touched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -197,10 +198,13 @@ impl Planner<'_> {
                         // know its new parents while one of its children is among them, and that would be a
                         // cycle.
                         let narrowed = export.access.narrowed_to(access);
-                        if repath && narrowed != export.access {
+                        if planted(Bug::ChildrenNotSet) {
+                            continue;
+                        }
+                        if repath && narrowed != export.access && !planted(Bug::ParentsBeforeChildrenGo) {
                             self.plan.steps.push(set_access(image, &narrowed));
                         }
-                        if !repath || narrowed != *access {
+                        if !repath || narrowed != *access || planted(Bug::ParentsBeforeChildrenGo) {
                             accesses.push(set_access(image, access));
                         }
                     }

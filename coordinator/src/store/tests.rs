@@ -57,6 +57,8 @@ fn records() -> Vec<(Key, Record)> {
         position: epoch(4),
         joined: 3,
         home: 1,
+        barred: vec![(1, "h7".parse().unwrap())],
+        held_back: Vec::new(),
         stripes: vec![vec![
             held(HeldOf::Origin(0)),
             held(HeldOf::Host("b".parse().unwrap())),

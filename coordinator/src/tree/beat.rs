@@ -6,13 +6,15 @@ use treeboot_types::{
     AttachState, Attachment, BadParent, Endpoint, Epoch, Fault, HostInfo, HostName, ImageId,
 };
 
+use crate::planted::{Bug, planted};
+
 use super::enter::Entered;
 use super::layer::Node;
 use super::place::At;
 use super::scope::Scope;
 use super::{
     Beat, Change, Effect, Forest, Grove, Host, HostRecord, HostState, Key, MAX_ATTACHMENTS, MAX_HOSTS, Note,
-    Push, Record, Refusal, Speaker, StreamId, place,
+    Push, Record, Refusal, Speaker, StreamId, bar, place,
 };
 
 /// Complaints of one host that are kept for people to see; the oldest go.
@@ -47,9 +49,9 @@ impl Forest {
             }
             (_, false) => {}
         }
-        let is_first = self.bind(stream, name, out);
+        self.bind(stream, name, out);
         if let Some(state) = beat.state {
-            self.take_state(name, beat.digest, state, is_first, out);
+            self.take_state(name, beat.digest, state, out);
         } else if self
             .hosts
             .get(name)
@@ -84,13 +86,13 @@ impl Forest {
         }
     }
 
-    /// Ties a stream to its host and welcomes it; true if this is the stream's first beat.
-    fn bind(&mut self, stream: StreamId, name: &HostName, out: &mut Vec<Effect>) -> bool {
+    /// Ties a stream to its host and welcomes it.
+    fn bind(&mut self, stream: StreamId, name: &HostName, out: &mut Vec<Effect>) {
         let Some(host) = self.hosts.get_mut(name) else {
-            return false;
+            return;
         };
         if host.stream == Some(stream) {
-            return false;
+            return;
         }
         // The agent came back before its old connection was known to be dead.
         if let Some(old) = host.stream.replace(stream) {
@@ -110,7 +112,6 @@ impl Forest {
             self.push_placement(&image, name, out);
             self.tell_origin(&image, name);
         }
-        true
     }
 
     fn welcome(&self) -> Push {
@@ -149,14 +150,7 @@ impl Forest {
         }
     }
 
-    fn take_state(
-        &mut self,
-        name: &HostName,
-        digest: Vec<u8>,
-        state: HostState,
-        is_first: bool,
-        out: &mut Vec<Effect>,
-    ) {
+    fn take_state(&mut self, name: &HostName, digest: Vec<u8>, state: HostState, out: &mut Vec<Effect>) {
         let Some(host) = self.hosts.get_mut(name) else {
             return;
         };
@@ -187,8 +181,11 @@ impl Forest {
             self.begin_incarnation(name, newest, out);
         }
         self.forget_claims(name);
+        if let Some(host) = self.hosts.get_mut(name) {
+            host.acts.retain(|image, _| host.listed.contains(image));
+        }
         for attachment in state.attachments.into_iter().take(MAX_ATTACHMENTS) {
-            self.compare(name, attachment, is_first, out);
+            self.compare(name, attachment, out);
         }
     }
 
@@ -243,7 +240,7 @@ impl Forest {
     }
 
     /// Compares what a host says of one attachment with the record. What is equal changes nothing.
-    fn compare(&mut self, name: &HostName, theirs: Attachment, is_first: bool, out: &mut Vec<Effect>) {
+    fn compare(&mut self, name: &HostName, theirs: Attachment, out: &mut Vec<Effect>) {
         let id = theirs.image.clone();
         let Some(grove) = self.images.get(&id) else {
             // One that was removed here is to go; one that the coordinator never had must go on being served.
@@ -270,10 +267,13 @@ impl Forest {
             self.tell_detached(&id, name, "the image of this name has another content now", out);
             return;
         }
+        let is_striped = grove.image.stripes > 1;
         let Some(place) = grove.places.get(name) else {
+            let paths = bar::paths_of(&theirs.stripes);
+            self.acts_without(&id, name, if is_striped { paths } else { bar::Paths::new() });
             let ended = self.hosts.get(name).and_then(|h| h.ended.get(&id)).copied();
             match ended {
-                Some(ended) if theirs.epoch <= ended => {
+                Some(ended) if theirs.epoch <= ended && !planted(Bug::RemovedComesBack) => {
                     self.tell_detached(&id, name, "it was removed; join again if it is wanted", out);
                 }
                 _ => self.take_over(name, theirs, out),
@@ -281,6 +281,9 @@ impl Forest {
             return;
         };
         let (told, state) = (place.told.epoch, place.state);
+        if is_striped {
+            self.acts_on(&id, name, theirs.epoch == told, &theirs.stripes);
+        }
         if let Some(endpoint) = theirs.endpoint
             && self.check_endpoint(&id, name, &endpoint).is_ok()
         {
@@ -292,7 +295,12 @@ impl Forest {
             }
             self.unsaved.insert((id.clone(), name.clone()));
         }
-        // Placements are pushed when they change; only on a new stream may some have been missed.
+        // Placements are pushed when they change; those from before this stream may have been missed, and so may those that overtook
+        // the answer by which the host learned that it is attached.
+        let stream = self.hosts.get(name).and_then(|host| host.stream);
+        let place = self.images.get_mut(&id).and_then(|g| g.places.get_mut(name));
+        let is_first =
+            place.is_some_and(|place| std::mem::replace(&mut place.mentioned_on, stream) != stream);
         if is_first && theirs.epoch != told {
             self.push_placement(&id, name, out);
         }
@@ -343,7 +351,8 @@ impl Forest {
                 stripe,
                 scope: &scope,
             };
-            let Some(way) = around.way_in(grove, at, name, parents, true) else {
+            let Some(way) = around.way_in(grove, at, name, parents, !planted(Bug::AdoptionWithoutRoom))
+            else {
                 return false;
             };
             ways.push(way);
@@ -509,6 +518,7 @@ impl Host {
             last_beat_ms: 0,
             lease_until_ms: 0,
             ended: std::collections::BTreeMap::new(),
+            acts: std::collections::BTreeMap::new(),
             avoids: BTreeSet::new(),
             moved_at_ms: None,
             reported_by_it: Vec::new(),

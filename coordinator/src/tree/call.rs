@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use treeboot_types::{AttachState, Endpoint, Epoch, HostName, Image, ImageId, ImageRef, Iqn};
 
+use crate::planted::{Bug, planted};
+
 use super::enter::Entered;
 use super::layer::Node;
 use super::scope::Scope;
 use super::{
     Answer, Call, Change, Effect, Forest, Grove, Key, MAX_ATTACHMENTS, MAX_IMAGES, Note, Place, Record,
-    Refusal, Speaker, Stripe, Told, place,
+    Refusal, Speaker, Stripe, Told, bar, place,
 };
 
 /// Bytes of consecutive addresses that one stripe holds before the next one's turn: so few that a guest's read-ahead keeps
@@ -176,6 +178,9 @@ impl Forest {
             AttachState::Pending => self.settings.pending_lease_ms,
             AttachState::Ready => self.settings.lease_ms,
         };
+        let known = self.hosts.get_mut(host);
+        let unsure = known.as_ref().is_none_or(|host| host.digest.is_none());
+        let stale = known.and_then(|host| host.acts.remove(id)).unwrap_or_default();
         if let Some(grove) = self.images.get_mut(id) {
             let place = Place {
                 endpoint: Arc::new(endpoint),
@@ -187,6 +192,13 @@ impl Forest {
                 stripes: entered.stripes,
                 lease_until_ms: self.clock.heard_ms.saturating_add(lease_ms),
                 told: Told::default(),
+                stale,
+                unsure,
+                barred: bar::Paths::new(),
+                held_back: bar::Paths::new(),
+                lets_in: bar::Paths::new(),
+                is_confirmed: false,
+                mentioned_on: None,
             };
             grove.places.insert(host.clone(), place);
             self.changed.insert(id.clone());
@@ -268,7 +280,9 @@ impl Forest {
                     image: id,
                 });
         };
-        fence(host, &id, epoch, place.position, in_force)?;
+        if !planted(Bug::RegisterNotFenced) {
+            fence(host, &id, epoch, place.position, in_force)?;
+        }
         let current = place.told.epoch;
         place.lease_until_ms = place.lease_until_ms.max(lease_until_ms);
         if place.state != AttachState::Ready {
@@ -298,7 +312,9 @@ impl Forest {
                 incarnation: epoch.incarnation,
                 counter: place.joined,
             };
-            fence(host, &id, epoch, since_joined, self.epoch)?;
+            if !planted(Bug::RemoveNotFenced) {
+                fence(host, &id, epoch, since_joined, self.epoch)?;
+            }
             self.drop_place(&id, host, out);
         }
         Ok(Outcome::Removed)

@@ -6,6 +6,8 @@
 
 use treeboot_types::{HostName, StripeIndex};
 
+use crate::planted::{Bug, planted};
+
 use super::layer::Node;
 use super::place::{Around, At};
 use super::scope::Scope;
@@ -168,7 +170,7 @@ impl Around<'_> {
         let offers = [donor, at.stripe].map(|stripe| self.capacity(grove, stripe, &member, home));
         let vertex = grove.at(from).and_then(|tree| tree.get(&member));
         let joined = vertex
-            .filter(|vertex| !vertex.children.is_empty())
+            .filter(|vertex| !vertex.children.is_empty() && !planted(Bug::HomeWithChildren))
             .map(|v| v.joined);
         if let Some(joined) = joined {
             self.vacate(grove, from, &member);

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use treeboot_types::HostName;
 
+use crate::planted::{Bug, planted};
+
 use super::scope::Scope;
 
 /// A vertex of a layer, or, where layers are put together, of a stripe's whole tree: then an origin or a host.
@@ -48,7 +50,8 @@ pub(super) struct Vertex {
 
 impl Vertex {
     pub(super) fn free(&self) -> u32 {
-        self.capacity.saturating_sub(self.used)
+        let used = if planted(Bug::SlotTwice) { 0 } else { self.used };
+        self.capacity.saturating_sub(used)
     }
 }
 

@@ -8,7 +8,7 @@ use treeboot_types::{HostName, ImageId, StripeIndex};
 use super::graft::{Claim, Claims};
 use super::layer::Node;
 use super::place::Around;
-use super::{AttachmentRecord, Effect, Forest, Grove, HeldOf, Host, Key, Place, Record, Settings, Told};
+use super::{AttachmentRecord, Effect, Forest, Grove, HeldOf, Host, Key, Place, Record, Settings, Told, bar};
 
 /// Why a record makes no trees.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -139,6 +139,13 @@ impl Forest {
                     epoch: record.epoch,
                     ..Told::default()
                 },
+                stale: bar::Paths::new(),
+                unsure: true,
+                barred: paths(record.barred),
+                held_back: paths(record.held_back),
+                lets_in: bar::Paths::new(),
+                is_confirmed: false,
+                mentioned_on: None,
             };
             grove.places.insert(host.clone(), place);
             claims.insert(host, claim);
@@ -195,6 +202,11 @@ impl Forest {
             }
         }
     }
+}
+
+fn paths(recorded: Vec<(u16, HostName)>) -> bar::Paths {
+    let paths = recorded.into_iter();
+    paths.map(|(stripe, host)| (StripeIndex(stripe), host)).collect()
 }
 
 fn node_of(held: &HeldOf) -> Node {

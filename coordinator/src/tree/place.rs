@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use treeboot_types::{AttachState, HostName, Image, Labels, StripeIndex};
 
+use crate::planted::{Bug, planted};
+
 use super::layer::{Layer, Node, Taken};
 use super::scope::{RACK_LABEL, Scope, ZONE_LABEL};
 use super::{Grove, Host, Settings};
@@ -181,6 +183,11 @@ impl Around<'_> {
             if !all_placed && let Some(tree) = grove.at_mut(at) {
                 self.replant(&image, tree, 0);
             }
+        }
+        if planted(Bug::MovesEverybody)
+            && let Some(tree) = grove.at_mut(at)
+        {
+            self.replant(&image, tree, 0);
         }
         self.rebalance(grove, at);
     }

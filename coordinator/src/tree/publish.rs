@@ -10,11 +10,13 @@ use treeboot_types::{
     Child, Epoch, HostName, Image, ImageId, Parent, Placement, StripeIndex, StripePlacement,
 };
 
+use crate::planted::{Bug, planted};
+
 use super::layer::Node;
 use super::stripe::FALLBACK_LEVELS;
 use super::{
     AttachmentRecord, Change, Effect, Forest, Grove, HeldOf, HeldShare, Key, Note, Place, Push, Record, Told,
-    place,
+    bar, place,
 };
 
 /// A placement that reads otherwise than what its host was told.
@@ -48,6 +50,7 @@ impl Forest {
                 if item.moves {
                     place.position = item.told.epoch;
                 }
+                place.note_children(&item.told.children);
                 place.told = item.told.clone();
                 self.unsaved.insert((item.image.clone(), item.host.clone()));
             } else {
@@ -74,10 +77,17 @@ impl Forest {
         }
         self.note_moves(&news, out);
         for item in news {
+            // An answer may be lost, and a host that is attached already goes on without it.
+            let is_attached = |host| {
+                self.hosts
+                    .get(host)
+                    .is_some_and(|h| h.listed.contains(&item.image))
+            };
             let told_otherwise = answered
                 .as_ref()
-                .is_some_and(|(i, h)| *i == item.image && *h == item.host);
-            if !told_otherwise {
+                .is_some_and(|(i, h)| *i == item.image && *h == item.host && !is_attached(h));
+            let is_kept_silent = item.takes && planted(Bug::LossOfChildrenNotTold);
+            if !told_otherwise && !is_kept_silent {
                 self.push_placement(&item.image, &item.host, out);
             }
         }
@@ -170,7 +180,28 @@ impl Forest {
             let Some(grove) = self.images.get(&image) else {
                 continue;
             };
-            let agents: BTreeSet<HostName> = touched.iter().filter_map(|n| grove.agent_of(n)).collect();
+            let mut agents: BTreeSet<HostName> = touched.iter().filter_map(|n| grove.agent_of(n)).collect();
+            if grove.image.stripes > 1 {
+                let placed = agents.iter().filter(|host| grove.places.contains_key(*host));
+                let paths = placed.map(|host| (self.paths_to_tell(grove, host), host.clone()));
+                let paths: Vec<_> = paths.collect();
+                let Some(grove) = self.images.get_mut(&image) else {
+                    continue;
+                };
+                for ((paths, held_back), host) in paths {
+                    let barred = grove.places.get_mut(&host).map(|place| {
+                        place.held_back = held_back;
+                        place.bar(&paths)
+                    });
+                    for parent in barred.into_iter().flatten() {
+                        agents.insert(parent);
+                        self.unsaved.insert((image.clone(), host.clone()));
+                    }
+                }
+            }
+            let Some(grove) = self.images.get(&image) else {
+                continue;
+            };
             news.extend(
                 agents
                     .into_iter()
@@ -191,10 +222,12 @@ impl Forest {
         if told.stripes == stripes && told.children == children {
             return None;
         }
-        let parents = |stripes: &[StripePlacement]| -> Vec<Vec<Option<HostName>>> {
+        // Foreign origins have no names, so they are told apart by where they are.
+        let name = |p: &Parent| (p.host.clone(), p.host.is_none().then(|| p.endpoint.clone()));
+        let parents = |stripes: &[StripePlacement]| -> Vec<Vec<_>> {
             stripes
                 .iter()
-                .map(|s| s.active.iter().map(|p| p.host.clone()).collect())
+                .map(|s| s.active.iter().map(name).collect())
                 .collect()
         };
         Some(News {
@@ -214,6 +247,24 @@ impl Forest {
 
     /// A host's placement as the trees have it.
     pub(super) fn view(&self, grove: &Grove, host: &HostName) -> (Vec<StripePlacement>, Vec<Child>) {
+        let nothing = bar::Paths::new();
+        let held_back = grove.places.get(host).map_or(&nothing, |place| &place.held_back);
+        (self.paths(grove, host, held_back), children(grove, host))
+    }
+
+    /// From whom a host is to read by what is known now, and what is held back from it.
+    fn paths_to_tell(&self, grove: &Grove, host: &HostName) -> (Vec<StripePlacement>, bar::Paths) {
+        let nothing = bar::Paths::new();
+        let paths = self.paths(grove, host, &nothing);
+        let held_back = grove.held_back(host, &paths);
+        if held_back.is_empty() {
+            return (paths, held_back);
+        }
+        (self.paths(grove, host, &held_back), held_back)
+    }
+
+    /// From whom a host reads. For parents that are held back those above them stand in.
+    fn paths(&self, grove: &Grove, host: &HostName, held_back: &bar::Paths) -> Vec<StripePlacement> {
         let origin = grove.origin_of(host);
         let node = origin.map_or_else(|| Node::Host(host.clone()), Node::Origin);
         let order = match origin {
@@ -221,7 +272,6 @@ impl Forest {
             None => self.origins_for(grove, host),
         };
         let mut stripes = Vec::new();
-        let mut children = Vec::new();
         for stripe in grove.indices() {
             let index = usize::from(stripe.0);
             let Some(depth) = grove.depth(index, &node) else {
@@ -229,15 +279,26 @@ impl Forest {
             };
             let parent = |n: &Node| grove.parent(stripe, n);
             let held = grove.parents(index, &node);
-            let active: Vec<&Node> = held.keys().collect();
+            let is_told = |n: &&Node| match n {
+                Node::Host(name) if !held_back.is_empty() => !held_back.contains(&(stripe, name.clone())),
+                _ => true,
+            };
+            let mut active: Vec<&Node> = held.keys().filter(is_told).collect();
             let ancestors = grove.above(index, &node, FALLBACK_LEVELS + 1);
-            let hosts_above = ancestors
-                .iter()
-                .skip(1)
-                .flatten()
-                .filter(|n| matches!(n, Node::Host(_)));
+            let is_host = |n: &&Node| matches!(n, Node::Host(_));
+            let hosts_above = ancestors.iter().skip(1).flatten().filter(is_host).filter(is_told);
             let origins: Vec<Node> = order.iter().map(|&i| Node::Origin(i)).collect();
-            let fallbacks = hosts_above.chain(&origins).filter(|n| !active.contains(n));
+            if active.is_empty() {
+                let above = ancestors.iter().skip(1).map(|row| row.iter().find(is_told));
+                active.extend(above.flatten().next().or(origins.first()));
+            }
+            let below = if planted(Bug::FallbackBelow) {
+                grove.below(index, &node, 1)
+            } else {
+                Vec::new()
+            };
+            let fallbacks = below.iter().flatten().chain(hosts_above).chain(&origins);
+            let fallbacks = fallbacks.filter(|n| !active.contains(n));
             stripes.push(StripePlacement {
                 stripe,
                 active: active.iter().filter_map(|n| parent(n)).collect(),
@@ -245,22 +306,40 @@ impl Forest {
                 policy: self.settings.path_policy,
                 depth,
             });
-            // An origin lets in everybody, so it is told of its own children only.
-            let levels = if origin.is_some() { 1 } else { FALLBACK_LEVELS + 1 };
-            for (level, row) in grove.below(index, &node, levels).into_iter().enumerate() {
-                let hosts = row.into_iter().filter_map(|n| match n {
-                    Node::Host(host) => Some(host),
-                    _ => None,
-                });
-                children.extend(hosts.map(|host| Child {
-                    host,
-                    stripe,
-                    fallback: level > 0,
-                }));
-            }
         }
-        (stripes, children)
+        stripes
     }
+}
+
+/// Who reads from a host.
+fn children(grove: &Grove, host: &HostName) -> Vec<Child> {
+    let origin = grove.origin_of(host);
+    let node = origin.map_or_else(|| Node::Host(host.clone()), Node::Origin);
+    let is_admitted = |child: &HostName, stripe| {
+        let place = grove.places.get(child);
+        origin.is_some() || place.is_none_or(|place| !place.is_barred(stripe, host))
+    };
+    let mut children = Vec::new();
+    for stripe in grove.indices() {
+        let index = usize::from(stripe.0);
+        if grove.depth(index, &node).is_none() {
+            continue;
+        }
+        // An origin lets in everybody, so it is told of its own children only.
+        let levels = if origin.is_some() { 1 } else { FALLBACK_LEVELS + 1 };
+        for (level, row) in grove.below(index, &node, levels).into_iter().enumerate() {
+            let hosts = row.into_iter().filter_map(|n| match n {
+                Node::Host(host) if is_admitted(&host, stripe) => Some(host),
+                _ => None,
+            });
+            children.extend(hosts.map(|host| Child {
+                host,
+                stripe,
+                fallback: level > 0,
+            }));
+        }
+    }
+    children
 }
 
 impl Grove {
@@ -319,6 +398,15 @@ fn record_of(grove: &Grove, host: &HostName, place: &Place) -> AttachmentRecord 
         position: place.position,
         joined: place.joined,
         home: place.home.0,
+        barred: recorded(&place.barred),
+        held_back: recorded(&place.held_back),
         stripes: (0..place.stripes).map(held).collect(),
     }
+}
+
+fn recorded(paths: &bar::Paths) -> Vec<(u16, HostName)> {
+    paths
+        .iter()
+        .map(|(stripe, host)| (stripe.0, host.clone()))
+        .collect()
 }

@@ -9,7 +9,8 @@ use treeboot_types::{Attachment, Endpoint, Epoch, HostName, ImageId, StripeIndex
 use super::graft::{Claim, Claims};
 use super::place::{Around, Parents};
 use super::{
-    AttachState, Call, CallId, Effect, Forest, Grove, MAX_HOSTS, Note, Place, Refusal, Settings, Stripe, Told,
+    AttachState, Call, CallId, Effect, Forest, Grove, MAX_HOSTS, Note, Place, Refusal, Settings, Stripe,
+    Told, bar,
 };
 
 /// A window without placements.
@@ -226,6 +227,17 @@ impl Forest {
             stripes,
             lease_until_ms: self.clock.heard_ms.saturating_add(lease_ms),
             told: Told::default(),
+            stale: if stripes > 1 {
+                bar::paths_of(&theirs.stripes)
+            } else {
+                bar::Paths::new()
+            },
+            unsure: false,
+            barred: bar::Paths::new(),
+            held_back: bar::Paths::new(),
+            lets_in: bar::Paths::new(),
+            is_confirmed: false,
+            mentioned_on: None,
         };
         self.images.get_mut(image)?.places.insert(host.clone(), place);
         Some(Claim {

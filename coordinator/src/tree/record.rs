@@ -75,6 +75,12 @@ pub struct AttachmentRecord {
     /// The stripe that it is inner in, where the policy tells stripes apart.
     #[serde(default)]
     pub home: u16,
+    /// Hosts, each with its stripe, that are not given it as a child until it says that it acts on this place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub barred: Vec<(u16, HostName)>,
+    /// Parents and fallbacks, each with its stripe, that it is not told of until they say that they act on having it as a child.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held_back: Vec<(u16, HostName)>,
     /// For each stripe, the parents with the shares that it holds of them.
     pub stripes: Vec<Vec<HeldShare>>,
 }
