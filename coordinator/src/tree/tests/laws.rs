@@ -187,6 +187,8 @@ proptest! {
                 world.beat(&host(*n));
             }
             apply(&mut world, *op);
+            world.forest.audit().map_err(TestCaseError::fail)?;
+            world.hear_all();
             let checked = check(&world).and_then(|()| check_homes(&world, stripes, active_parents));
             if let Err(why) = checked {
                 return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
@@ -212,6 +214,8 @@ proptest! {
                 super::racks::come_in(&mut world, *n, racks, zones);
             }
             apply(&mut world, *op);
+            world.forest.audit().map_err(TestCaseError::fail)?;
+            world.hear_all();
             if let Err(why) = check(&world) {
                 return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
             }

@@ -88,6 +88,7 @@ fn the_link_stays_one_when_the_host_that_has_it_goes() {
             .to_string();
         world.leave(&head).unwrap();
         world.forest.audit().unwrap();
+        world.hear_all();
         world.forest.audit_depth().unwrap();
         world.check_told().unwrap();
         assert!(crossings(&world, "r0").iter().all(|count| *count == 1));
@@ -122,6 +123,7 @@ fn a_host_that_is_carried_to_another_rack_gets_a_place_there() {
     world.agents.get_mut("h0").unwrap().labels = labels(&[("rack", "r1")]);
     world.beat("h0");
     world.forest.audit().unwrap();
+    world.hear_all();
     world.check_told().unwrap();
     assert!(crossings(&world, "r0").iter().all(|count| *count == 1));
     assert!(crossings(&world, "r1").iter().all(|count| *count == 1));
