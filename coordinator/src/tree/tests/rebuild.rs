@@ -58,6 +58,8 @@ proptest! {
             world.leave(&host(gone)).unwrap();
             world.agents.remove(&host(gone));
         }
+        // What hosts act on is what can be learned from them.
+        world.hear_all();
         let before = edges(&world);
         let mut lost = lost(&world, stripes, true);
         for n in order {
