@@ -40,6 +40,16 @@ pub(super) struct Seeker<'a> {
     pub(super) limit: u32,
     /// Vertices that cannot be its parents: itself, those below, and those that it has already.
     pub(super) not: &'a BTreeSet<Node>,
+    pub(super) prefers: Prefers,
+}
+
+/// What counts for more where not both can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Prefers {
+    /// A parent that is heard, as long as the tree does not get too deep with that.
+    Heard,
+    /// A place near the root.
+    Shallow,
 }
 
 pub(super) type Parents = Vec<(Node, u32)>;
@@ -59,7 +69,7 @@ impl Around<'_> {
         let Some(tree) = grove.at_mut(at) else {
             return false;
         };
-        let is_placed = self.put(&image, tree, member, capacity, joined);
+        let is_placed = self.put(&image, tree, member, (capacity, joined), Prefers::Heard);
         // Finds nothing to do, but where silent hosts were passed over while shares ran out near the root.
         self.rebalance(grove, at);
         is_placed
@@ -78,7 +88,7 @@ impl Around<'_> {
         let Some(tree) = grove.at_mut(at) else {
             return false;
         };
-        let is_placed = self.put_free(&image, tree, member, capacity, joined);
+        let is_placed = self.put_free(&image, tree, member, (capacity, joined), Prefers::Heard);
         self.rebalance(grove, at);
         is_placed
     }
@@ -90,25 +100,32 @@ impl Around<'_> {
         image: &Image,
         tree: &mut Layer,
         member: &Node,
-        capacity: u32,
-        joined: u64,
+        (capacity, joined): (u32, u64),
+        prefers: Prefers,
     ) -> bool {
-        let free = self.choose(image, tree, &self.newcomer(member, &BTreeSet::new()));
+        let free = self.choose(image, tree, &self.newcomer(member, &BTreeSet::new(), prefers));
         let depth = free.as_ref().map(|parents| depth_under(tree, parents));
         let Some(leaf) = self.idle_above(image, tree, member, depth, capacity) else {
-            return self.put_free(image, tree, member, capacity, joined);
+            return self.put_free(image, tree, member, (capacity, joined), prefers);
         };
         let Some(taken) = tree.take(&leaf) else {
             return false;
         };
         tree.insert_member(member, capacity, joined, taken.parents);
-        self.put_free(image, tree, &leaf, taken.capacity, taken.joined)
+        self.put_free(image, tree, &leaf, (taken.capacity, taken.joined), prefers)
     }
 
     /// Puts a host into the free shares nearest the root; false where there are too few.
-    fn put_free(&self, image: &Image, tree: &mut Layer, member: &Node, capacity: u32, joined: u64) -> bool {
+    fn put_free(
+        &self,
+        image: &Image,
+        tree: &mut Layer,
+        member: &Node,
+        (capacity, joined): (u32, u64),
+        prefers: Prefers,
+    ) -> bool {
         let not = BTreeSet::from([member.clone()]);
-        match self.choose(image, tree, &self.newcomer(member, &not)) {
+        match self.choose(image, tree, &self.newcomer(member, &not, prefers)) {
             Some(parents) => {
                 tree.insert_member(member, capacity, joined, parents);
                 true
@@ -117,12 +134,13 @@ impl Around<'_> {
         }
     }
 
-    fn newcomer<'a>(&self, member: &'a Node, not: &'a BTreeSet<Node>) -> Seeker<'a> {
+    fn newcomer<'a>(&self, member: &'a Node, not: &'a BTreeSet<Node>, prefers: Prefers) -> Seeker<'a> {
         Seeker {
             member,
             wanted: self.settings.active_parents,
             limit: u32::MAX,
             not,
+            prefers,
         }
     }
 
@@ -302,6 +320,7 @@ impl Around<'_> {
             wanted: shares,
             limit,
             not,
+            prefers: Prefers::Heard,
         };
         let mut parents = self
             .choose(image, tree, &seeker(&with_parents, limit))
@@ -344,6 +363,7 @@ impl Around<'_> {
             wanted: shares,
             limit,
             not: &not,
+            prefers: Prefers::Heard,
         };
         let Some(parents) =
             self.choose_where(&image, tree, &seeker, |node| self.is_fit(&image, node, member))
@@ -374,16 +394,27 @@ impl Around<'_> {
         self.admit_as_leaf(grove, at, member, old.capacity, old.joined)
     }
 
-    /// The free shares nearest the root: of hosts that are heard if that costs no depth, otherwise of any.
+    /// The free shares nearest the root: of hosts that are heard if the tree does not get too deep with that, or if that costs no
+    /// depth at all where the seeker would rather stand near the root; otherwise of any.
     pub(super) fn choose(&self, image: &Image, tree: &Layer, seeker: &Seeker<'_>) -> Option<Parents> {
         let best = self.best_depth_of(tree, tree.count() + 1, image.stripes);
         let near = Seeker {
             limit: seeker.limit.min(best),
             ..*seeker
         };
-        self.choose_where(image, tree, &near, |node| self.is_fit(image, node, seeker.member))
-            .or_else(|| self.choose_where(image, tree, seeker, |node| !self.is_dying(node)))
-            .or_else(|| self.choose_where(image, tree, seeker, |_| true))
+        let heard = self.choose_where(image, tree, &near, |node| self.is_fit(image, node, seeker.member));
+        if heard.is_some() && seeker.prefers == Prefers::Heard {
+            return heard;
+        }
+        let alive = self
+            .choose_where(image, tree, seeker, |node| !self.is_dying(node))
+            .or_else(|| self.choose_where(image, tree, seeker, |_| true));
+        let depth = |parents: &Option<Parents>| parents.as_ref().map(|p| depth_under(tree, p));
+        if heard.is_some() && depth(&heard) <= depth(&alive) {
+            heard
+        } else {
+            alive
+        }
     }
 
     fn choose_where(

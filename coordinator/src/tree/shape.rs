@@ -1,12 +1,13 @@
 //! Keeps a stripe's tree shallow: who goes up where it is deeper than it need be, and planting it anew where nothing smaller helps.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use treeboot_types::Image;
 
 use super::Grove;
 use super::layer::{Layer, Node};
-use super::place::{Around, At, DEPTH_SLACK, Seeker, or_root};
+use super::place::{Around, At, DEPTH_SLACK, Prefers, Seeker, or_root};
 
 impl Around<'_> {
     /// Moves deepest leaves up while the tree is deeper than it need be.
@@ -41,6 +42,7 @@ impl Around<'_> {
                 wanted: self.settings.active_parents,
                 limit: deepest.saturating_sub(2),
                 not: &BTreeSet::new(),
+                prefers: Prefers::Heard,
             };
             let parents = self.choose(&image, tree, &seeker);
             let is_stuck = parents.is_none();
@@ -116,22 +118,26 @@ impl Around<'_> {
         }
     }
 
-    /// Puts all hosts below a depth anew, those that offer shares first. Needed where shares near the root are held one by one by
+    /// Puts all hosts below a depth anew, those that offer most first. Needed where shares near the root are held one by one by
     /// hosts whose other parents are deep, so that no leaf finds all of its shares there; and where the last free shares
-    /// lie below the host that looks for some.
+    /// lie below the host that looks for some. Each takes the place nearest the root that there is, under a silent host too:
+    /// if all who are heard stood under each other only, as after a restart that few came back from, the tree could be as
+    /// deep as before. Silent hosts offer their places last among equals, and so stand below those that are heard.
     pub(super) fn replant(&self, image: &Image, tree: &mut Layer, below: u32) {
-        let mut taken: Vec<(bool, u64, Node, u32)> = Vec::new();
+        let mut taken = Vec::new();
         while tree.deepest() > below {
             let level: Vec<Node> = tree.level(tree.deepest()).cloned().collect();
             for member in level {
                 if let Some(place) = tree.take(&member) {
-                    taken.push((place.capacity == 0, place.joined, member, place.capacity));
+                    let offers = (self.is_dying(&member), Reverse(place.capacity));
+                    let rank = (place.capacity == 0, offers, !self.is_heard(&member), place.joined);
+                    taken.push((rank, member, place.capacity));
                 }
             }
         }
         taken.sort();
-        for (_, joined, member, capacity) in taken {
-            if !self.put(image, tree, &member, capacity, joined) {
+        for ((.., joined), member, capacity) in taken {
+            if !self.put(image, tree, &member, (capacity, joined), Prefers::Shallow) {
                 let root = or_root(tree, None, self.settings.active_parents);
                 tree.insert_member(&member, capacity, joined, root);
             }

@@ -142,6 +142,34 @@ fn check(world: &World) -> Result<(), String> {
     check_record(world)
 }
 
+/// After each step in racks every law holds; hosts come to stand by their numbers.
+fn check_in_racks(world: &mut World, racks: usize, zones: usize, ops: &[Op]) -> Result<(), String> {
+    for (at, op) in ops.iter().enumerate() {
+        let told = |why| format!("after step {at} {op:?}: {why}");
+        if let Op::Join(n) = op
+            && !world.agents.contains_key(&host(*n))
+        {
+            super::racks::come_in(world, *n, racks, zones);
+        }
+        apply(world, *op);
+        world.forest.audit().map_err(told)?;
+        world.hear_all();
+        check(world).map_err(told)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn twelve_in_a_rack_stand_three_deep_after_a_restart_that_few_came_back_from() {
+    let mut ops: Vec<Op> = [0, 0, 0, 2, 7].map(Op::Join).into();
+    ops.push(Op::Disconnect(0));
+    ops.extend([3, 8, 5, 9, 0].map(Op::Join));
+    ops.push(Op::Restart);
+    ops.extend([10, 4, 1, 6, 11].map(Op::Join));
+    let mut world = World::striped(3, 1);
+    check_in_racks(&mut world, 1, 0, &ops).unwrap();
+}
+
 /// No host has children in two stripes, nor more than there are stripes.
 fn check_homes(world: &World, stripes: u16, active_parents: u32) -> Result<(), String> {
     for host in world.agents.keys() {
@@ -209,17 +237,7 @@ proptest! {
             1 => World::new(fan_out, active_parents),
             stripes => World::striped(stripes, active_parents),
         };
-        for (at, op) in ops.iter().enumerate() {
-            if let Op::Join(n) = op && !world.agents.contains_key(&host(*n)) {
-                super::racks::come_in(&mut world, *n, racks, zones);
-            }
-            apply(&mut world, *op);
-            world.forest.audit().map_err(TestCaseError::fail)?;
-            world.hear_all();
-            if let Err(why) = check(&world) {
-                return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
-            }
-        }
+        check_in_racks(&mut world, racks, zones, &ops).map_err(TestCaseError::fail)?;
     }
 
     #[test]

@@ -10,7 +10,7 @@ use treeboot_types::{
 
 use crate::tree::{
     Answer, Beat, Call, CallId, Change, Effect, Event, Forest, HostState, KAry, Key, Note, Policy, Push,
-    Record, Refusal, Settings, Speaker, StreamId, Striped,
+    Record, Refusal, Settings, Speaker, StreamId, Striped, VertexView,
 };
 
 pub(super) const BEAT_MS: u64 = 1_000;
@@ -431,6 +431,19 @@ impl World {
     fn check_told_of(&self, index: usize) -> Result<(), String> {
         let fan_out = self.forest.settings().policy.fan_out();
         let active = self.forest.settings().active_parents;
+        // The trees never have a second link into a rack (the audit sees to that), but a host may be told of one: a parent that
+        // was given this host as a child in another stripe, and that cannot be told otherwise because it is not connected,
+        // would let it in for both stripes, so those above stand in for it (`bar.rs`). That must be so for all of its parents,
+        // else it reads from those that remain; and whoever is connected has said in `hear_all` what it acts on.
+        let tree = self.forest.tree(&image_ref()).map_err(|e| e.to_string())?;
+        let of_stripe = |v: &&VertexView| usize::from(v.stripe.0) == index && !v.origin;
+        let vertices = tree.vertices.iter().filter(of_stripe);
+        let parents: BTreeMap<&str, &Vec<String>> = vertices
+            .filter_map(|v| Some((v.host.as_ref()?.as_str(), &v.parents)))
+            .collect();
+        let is_silent = |host: &String| self.agents.get(host).is_some_and(|a| a.stream.is_none());
+        let stands_in =
+            |host: &str| tree.image.stripes > 1 && parents.get(host).is_some_and(|p| p.iter().all(is_silent));
         // Who takes a stripe in for a rack.
         let mut heads: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
         let mut load: BTreeMap<String, u32> = BTreeMap::new();
@@ -477,7 +490,7 @@ impl World {
                 };
                 let named = |p: &treeboot_types::Parent| p.host.as_ref().map(|h| h.to_string());
                 let above = |p| Some(self.agents.get(&named(p)?)?.group(level)? == group);
-                if stripe.active.iter().any(|p| above(p) != Some(true)) {
+                if stripe.active.iter().any(|p| above(p) != Some(true)) && !stands_in(host) {
                     heads.entry(group).or_default().push(host);
                 }
             }
@@ -487,9 +500,7 @@ impl World {
                 *load.entry(key).or_default() += active / count + u32::from(turn < active % count);
             }
         }
-        // While a parent that is not connected does not know its child, somebody outside of the rack may stand in for it.
-        let all_are_heard = self.agents.values().all(|agent| agent.stream.is_some());
-        if let Some((rack, heads)) = heads.iter().find(|(_, heads)| heads.len() > 1 && all_are_heard) {
+        if let Some((rack, heads)) = heads.iter().find(|(_, heads)| heads.len() > 1) {
             return Err(format!("stripe {index} comes into {rack:?} by {heads:?}"));
         }
         // Once for its own rack, and again where it is the head of that, and of a zone.
