@@ -11,8 +11,10 @@ use treeboot_tests::sim::campaign::{Campaign, REGRESSIONS, run_seed};
 const HOSTS: usize = 200;
 /// Seeds, from 1; the same in every run, and TREEBOOT_SIM_SEEDS asks for more.
 const SEEDS: u64 = 1000;
-/// So long they may take; a slower machine runs fewer of them and says how many.
-const LIMIT: Duration = Duration::from_secs(150);
+/// So long they may take: with the planted bugs, four minutes of CI. A slower machine runs fewer of them and says how many.
+const LIMIT: Duration = Duration::from_secs(210);
+/// Fewer than these are no answer.
+const FEWEST: u64 = 100;
 
 fn seeds() -> u64 {
     let asked = std::env::var("TREEBOOT_SIM_SEEDS").ok();
@@ -61,7 +63,11 @@ fn no_law_is_broken_in_any_seed() {
         .collect();
     assert!(broken.is_empty(), "\n{}\n", broken.join("\n"));
     println!("{} of {} seeds in {LIMIT:?}", report.seeds, seeds());
-    assert!(report.seeds > 0);
+    assert!(
+        report.seeds >= FEWEST.min(seeds()),
+        "too slow: {} seeds",
+        report.seeds
+    );
 }
 
 /// A seed says the same twice, whatever ran before it.
