@@ -1,5 +1,5 @@
 //! `cargo xtask soak`: what only time finds. Each fuzz target under libFuzzer, then the oracle of the target's data, then the
-//! simulation, one after another, so that they do not take each other's processor.
+//! simulation, then the coordinator killed at every write of its record, one after another, so that they do not take each other's processor.
 //!
 //! libFuzzer needs flags that stable Rust keeps to itself; `RUSTC_BOOTSTRAP=1` lends them to this one build, so that
 //! nobody needs a second toolchain. Our crates have no `unsafe` of their own to sanitise, so no sanitizer is linked.
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// Hosts of a simulated fleet
     #[arg(long, default_value_t = 200)]
     hosts: u64,
-    /// Only these; 'oracle' and 'sim' are of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
+    /// Only these; 'oracle', 'sim' and 'writes' (once) are of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
     #[arg(value_name = "TARGET", value_parser = targets())]
     only: Vec<String>,
 }
@@ -49,7 +49,7 @@ fn targets() -> clap::builder::PossibleValuesParser {
     TARGETS
         .iter()
         .copied()
-        .chain(["oracle", "sim", KERNEL])
+        .chain(["oracle", "sim", "writes", KERNEL])
         .collect::<Vec<_>>()
         .into()
 }
@@ -101,6 +101,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             log_of(&logs, "sim").display()
         );
         outcomes.push(sim(args, &logs)?);
+    }
+    if wanted("writes") {
+        eprintln!(
+            "xtask: the coordinator killed at every write, once; its log is {}",
+            log_of(&logs, "writes").display()
+        );
+        outcomes.push(writes(&logs)?);
     }
     if args.only.iter().any(|only| only == KERNEL) {
         eprintln!(
@@ -302,6 +309,37 @@ fn sim(args: &Args, logs: &Path) -> Result<Outcome> {
         name: "sim",
         seconds: took.as_secs(),
         executions: Some(args.seeds),
+        corpus: None,
+        finding: (!well).then(|| format!("see {}", log.display())),
+    })
+}
+
+/// The coordinator killed before, within and after each write of a scenario, with real agents.
+fn writes(logs: &Path) -> Result<Outcome> {
+    // The test starts the daemons as processes, which `cargo test` of one package does not build.
+    workspace::run(workspace::cargo()?.args(["build", "--locked", "--workspace"]))?;
+    let mut cargo = workspace::cargo()?;
+    cargo
+        .args([
+            "test",
+            "--locked",
+            "-p",
+            "treeboot-tests",
+            "--test",
+            "processes",
+            "--",
+        ])
+        .args(["--ignored", "--nocapture", "every_write"])
+        .env(crate::demo::BIN_DIR, workspace::target_dir()?.join("debug"));
+    let log = log_of(logs, "writes");
+    let (well, took, text) = logged(&mut cargo, &log)?;
+    let kills = text
+        .lines()
+        .find_map(|line| line.split_once(" kills in ")?.0.parse().ok());
+    Ok(Outcome {
+        name: "writes",
+        seconds: took.as_secs(),
+        executions: kills,
         corpus: None,
         finding: (!well).then(|| format!("see {}", log.display())),
     })
