@@ -18,6 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         compiler.encode_file_descriptor_set(),
     )?;
     tonic_prost_build::configure()
+        .codec_path("crate::codec::Sparing")
         // They hold secrets; `src/secret.rs` prints them without.
         .skip_debug([
             "treeboot.v1.ExportKey",

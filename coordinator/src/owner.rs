@@ -21,6 +21,8 @@ const BATCH: usize = 1_024;
 /// Messages that wait for one host. A host that leaves so many unread is disconnected: when it comes back it is told
 /// the newest placements, which is all that it missed.
 pub(crate) const OUTGOING: usize = 256;
+/// In a box: tokio's channels keep 32 places for each host whether they are used or not.
+pub(crate) type Outgoing = Box<Push>;
 
 /// Why a call came to nothing.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -52,7 +54,7 @@ type Reply = oneshot::Sender<Result<Answer, CallError>>;
 type Question = Box<dyn FnOnce(&Forest) + Send>;
 
 enum Request {
-    Open(StreamId, mpsc::Sender<Push>),
+    Open(StreamId, mpsc::Sender<Outgoing>),
     Beat(StreamId, Box<Beat>),
     Closed(StreamId),
     Call(Box<Call>, Reply),
@@ -131,7 +133,11 @@ impl Handle {
         (room - self.requests.capacity(), room)
     }
 
-    pub(crate) async fn open(&self, stream: StreamId, pushes: mpsc::Sender<Push>) -> Result<(), CallError> {
+    pub(crate) async fn open(
+        &self,
+        stream: StreamId,
+        pushes: mpsc::Sender<Outgoing>,
+    ) -> Result<(), CallError> {
         let request = Request::Open(stream, pushes);
         self.requests.send(request).await.map_err(|_| CallError::Stopping)
     }
@@ -181,7 +187,7 @@ struct Owner {
     forest: Forest,
     store: Arc<dyn Store>,
     started: Instant,
-    streams: HashMap<StreamId, mpsc::Sender<Push>>,
+    streams: HashMap<StreamId, mpsc::Sender<Outgoing>>,
     calls: HashMap<CallId, Reply>,
     next_call: u64,
     outbox: Outbox,
@@ -340,7 +346,7 @@ impl Owner {
             return;
         };
         self.figures.push(&push);
-        if pushes.try_send(push).is_err() {
+        if pushes.try_send(Box::new(push)).is_err() {
             self.figures.slow_hosts.add(1);
             tracing::warn!(
                 stream = stream.0,

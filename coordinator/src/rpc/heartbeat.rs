@@ -1,20 +1,26 @@
 //! One heartbeat stream: beats inward, pushes outward through a bounded queue.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Status, Streaming};
 use treeboot_identity::tls::Peer;
 use treeboot_proto::v1;
 
-use crate::owner::{CallError, Handle, OUTGOING};
+use crate::owner::{CallError, Handle, OUTGOING, Outgoing};
 use crate::rpc::{Edges, convert};
 use crate::rules::Rules;
-use crate::tree::{HostState, Push, StreamId};
+use crate::tree::{HostState, StreamId};
 
-type Sender = mpsc::Sender<Result<v1::Push, Status>>;
+/// In a box for the reason of [`Outgoing`].
+type Sender = mpsc::Sender<Box<v1::Push>>;
+
+/// What a host is sent.
+pub(super) type Pushes = Pin<Box<dyn Stream<Item = Result<v1::Push, Status>> + Send>>;
 
 /// Messages between this task and the connection. Small: what waits, waits in the owner's queue, where it is counted.
 const IN_TRANSIT: usize = 4;
@@ -27,7 +33,7 @@ pub(super) async fn open(
     edges: Edges,
     rules: Arc<Rules>,
     beats: Streaming<v1::Beat>,
-) -> Result<ReceiverStream<Result<v1::Push, Status>>, CallError> {
+) -> Result<Pushes, CallError> {
     let stream = StreamId(next.fetch_add(1, Ordering::Relaxed));
     let (pushes, queued) = mpsc::channel(OUTGOING);
     owner.open(stream, pushes).await?;
@@ -42,7 +48,7 @@ pub(super) async fn open(
         }
         owner.closed(stream).await;
     });
-    Ok(ReceiverStream::new(receiver))
+    Ok(Box::pin(ReceiverStream::new(receiver).map(|push| Ok(*push))))
 }
 
 /// Takes beats in until the host is gone or says what cannot be.
@@ -78,7 +84,7 @@ async fn take_in(
                     push: Some(convert::refused(reason)),
                 };
                 // The host may be gone; the stream ends either way.
-                let _ = sender.send(Ok(refused)).await;
+                let _ = sender.send(Box::new(refused)).await;
                 return;
             }
         }
@@ -101,7 +107,7 @@ fn leave_out(rules: &Rules, state: &mut HostState) {
 }
 
 async fn forward(
-    mut queued: mpsc::Receiver<Push>,
+    mut queued: mpsc::Receiver<Outgoing>,
     sender: Sender,
     peer: &Peer,
     edges: &Edges,
@@ -110,12 +116,13 @@ async fn forward(
     use v1::push::Push as Message;
     while let Some(push) = queued.recv().await {
         let mut push = convert::push(&push);
+        // In boxes: what they hold is held for moments, and this for as long as the host beats.
         match &mut push.push {
-            Some(Message::Welcome(welcome)) => edges.welcome(peer, owner, welcome).await,
-            Some(Message::Placement(placement)) => edges.fill(peer, owner, placement).await,
+            Some(Message::Welcome(welcome)) => Box::pin(edges.welcome(peer, owner, welcome)).await,
+            Some(Message::Placement(placement)) => Box::pin(edges.fill(peer, owner, placement)).await,
             _ => {}
         }
-        if sender.send(Ok(push)).await.is_err() {
+        if sender.send(Box::new(push)).await.is_err() {
             return;
         }
     }

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use tokio::sync::watch;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use treeboot_identity::Who;
 use treeboot_identity::gate::Caller;
@@ -304,7 +303,7 @@ impl Coordinator for CoordinatorService {
         Ok(Response::new(v1::LeaveResponse {}))
     }
 
-    type HeartbeatStream = ReceiverStream<Result<v1::Push, Status>>;
+    type HeartbeatStream = heartbeat::Pushes;
 
     async fn heartbeat(
         &self,

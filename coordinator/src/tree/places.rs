@@ -55,6 +55,11 @@ impl Places {
         self.by_host.get_mut(host)
     }
 
+    /// All of them, for all but their endpoints.
+    pub(super) fn each(&mut self, change: impl FnMut(&mut Place)) {
+        self.by_host.values_mut().for_each(change);
+    }
+
     /// True where it is another than before.
     pub(super) fn set_endpoint(&mut self, host: &HostName, endpoint: Endpoint) -> bool {
         let Some(place) = self.by_host.get_mut(host).filter(|p| *p.endpoint != endpoint) else {

@@ -57,6 +57,22 @@ fn a_broken_stream_is_not_a_death() {
 }
 
 #[test]
+fn after_a_restart_a_large_fleet_has_time_to_come_back() {
+    let mut world = World::new(2, 1);
+    (0..600).for_each(|n| world.grow(&host(n)));
+    world.restart();
+    world.step(Event::Clock);
+    world.pass(LEASE_MS + 2_900, &[]);
+    assert_eq!(
+        attached(&world),
+        600,
+        "a second more than a lease for every 200 of them"
+    );
+    world.pass(200, &[]);
+    assert_eq!(attached(&world), 0, "and not longer");
+}
+
+#[test]
 fn a_jump_of_the_clock_or_a_stopped_coordinator_evicts_nobody() {
     let mut world = World::new(2, 1);
     (0..5).for_each(|n| world.grow(&host(n)));

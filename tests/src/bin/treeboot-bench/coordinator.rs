@@ -15,7 +15,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use futures_util::future::{Either, select};
 use serde::Serialize;
 use tonic::transport::{Channel, Endpoint};
 use treeboot_identity::authority::{self, Authority};
@@ -28,12 +27,10 @@ use treeboot_tests::scratch::Scratch;
 use treeboot_tests::table::draw;
 use treeboot_tests::wait::wait_until;
 
-use hosts::{Arrival, Host, Member, arrive, keep_beating, members};
+use hosts::{Arrival, BEAT, Host, Member, arrive, members};
 use process::{Server, Usage};
 
-/// A host beats so often.
-const BEAT: Duration = Duration::from_secs(5);
-/// And is given up after so long a silence: the shortest that the coordinator takes, three beats and a half.
+/// A host is given up after so long a silence: the shortest that the coordinator takes, three beats and a half.
 const LEASE: Duration = Duration::from_millis(17_500);
 /// Hosts that die, one after the other.
 const DEATHS: usize = 20;
@@ -281,18 +278,13 @@ impl Bench<'_> {
         let join_ms = Percentiles::of(std::mem::take(&mut arrival.join_ms));
         let began = Instant::now();
         let registering = arrival.hosts.iter().map(|host| host.register());
-        self.beating(&arrival.hosts, futures_util::future::try_join_all(registering))
-            .await??;
+        futures_util::future::try_join_all(registering).await?;
         let register_seconds = began.elapsed().as_secs_f64();
         eprintln!("bench: {what}: all exports are up after {register_seconds:.2} s more");
         // Two rounds of beats, until every state is told.
-        self.beating(&arrival.hosts, tokio::time::sleep(BEAT * 2)).await?;
+        tokio::time::sleep(BEAT * 2).await;
         let (from, began) = (server.usage()?, Instant::now());
-        self.beating(
-            &arrival.hosts,
-            tokio::time::sleep(Duration::from_secs(self.options.seconds)),
-        )
-        .await?;
+        tokio::time::sleep(Duration::from_secs(self.options.seconds)).await;
         let (to, took): (Usage, _) = (server.usage()?, began.elapsed());
         let silent = arrival
             .hosts
@@ -318,15 +310,6 @@ impl Bench<'_> {
             kept.bytes_a_host / 1e3
         );
         Ok(((kept, register_seconds), arrival))
-    }
-
-    /// Awaits something while the fleet beats.
-    async fn beating<T>(&self, hosts: &[Arc<Host>], work: impl Future<Output = T>) -> Result<T> {
-        let beating = std::pin::pin!(keep_beating(hosts, BEAT));
-        match select(std::pin::pin!(work), beating).await {
-            Either::Left((done, _)) => Ok(done),
-            Either::Right(((), _)) => anyhow::bail!("the beats ended"),
-        }
     }
 
     async fn depth(&self, client: &mut CoordinatorClient<Channel>) -> Result<u32> {
@@ -359,8 +342,7 @@ impl Bench<'_> {
         ensure!(!dying.is_empty(), "nobody has children");
         eprintln!("bench: {} hosts with children fall silent", dying.len());
         self.recording.store(true, Ordering::Relaxed);
-        let is_dead = |host: &Arc<Host>| dying.iter().any(|(dead, _)| Arc::ptr_eq(dead, host));
-        let living: Vec<Arc<Host>> = hosts.iter().filter(|host| !is_dead(host)).cloned().collect();
+        dying.iter().for_each(|(host, _)| host.silence());
         let noticed = |host: &Host| server.said(&["host lost", &format!("host={} ", host.name())]);
         let all = wait_until(SOON, "all orphans to have parents", async || {
             let mut took = Vec::new();
@@ -382,7 +364,7 @@ impl Bench<'_> {
             }
             Ok(Some(took))
         });
-        let took = self.beating(&living, all).await??;
+        let took = all.await?;
         self.recording.store(false, Ordering::Relaxed);
         let dead = dying.iter().map(|(host, _)| host.name().to_owned());
         Ok((took, dead.collect()))

@@ -19,6 +19,8 @@ use treeboot_proto::v1;
 use treeboot_proto::v1::coordinator_client::CoordinatorClient;
 use treeboot_types::HostName;
 
+/// A host beats so often.
+pub(super) const BEAT: Duration = Duration::from_secs(5);
 pub(super) const IMAGE: &str = "debian";
 const CERTIFICATE_LIFE: Duration = Duration::from_secs(86_400);
 /// As an agent: a call or a connection that fails is tried again.
@@ -65,20 +67,22 @@ struct Heard {
     parents: Vec<(Instant, Vec<String>)>,
 }
 
-/// A connected host.
+/// A connected host, which beats for as long as it is there and is not silenced.
 pub(super) struct Host {
     member: Arc<Member>,
     client: CoordinatorClient<Channel>,
-    beats: mpsc::Sender<v1::Beat>,
-    sequence: AtomicU64,
     heard: Arc<Mutex<Heard>>,
     acknowledged: watch::Receiver<u64>,
-    reader: AbortHandle,
+    reader: Ends,
+    pulse: Ends,
 }
 
-impl Drop for Host {
+/// A task that ends with what holds it.
+struct Ends(AbortHandle);
+
+impl Drop for Ends {
     fn drop(&mut self) {
-        self.reader.abort();
+        self.0.abort();
     }
 }
 
@@ -169,24 +173,29 @@ impl Host {
         }
         let (acknowledge, acknowledged) = watch::channel(0);
         let (theirs, recording) = (Arc::clone(&heard), Arc::clone(recording));
-        let reader = tokio::spawn(async move {
-            while let Ok(Some(push)) = pushes.message().await {
-                match push.push {
-                    Some(v1::push::Push::Placement(placement)) => theirs.lock().take(placement, &recording),
-                    Some(v1::push::Push::Ack(ack)) => drop(acknowledge.send(ack.sequence)),
-                    Some(v1::push::Push::SendState(_)) => theirs.lock().changed = true,
-                    _ => {}
+        let reader = Ends(
+            tokio::spawn(async move {
+                while let Ok(Some(push)) = pushes.message().await {
+                    match push.push {
+                        Some(v1::push::Push::Placement(placement)) => {
+                            theirs.lock().take(placement, &recording)
+                        }
+                        Some(v1::push::Push::Ack(ack)) => drop(acknowledge.send(ack.sequence)),
+                        Some(v1::push::Push::SendState(_)) => theirs.lock().changed = true,
+                        _ => {}
+                    }
                 }
-            }
-        });
+            })
+            .abort_handle(),
+        );
+        let pulse = Ends(tokio::spawn(pulse(Arc::clone(member), beats, Arc::clone(&heard))).abort_handle());
         let mut host = Self {
             member: Arc::clone(member),
             client,
-            beats,
-            sequence: AtomicU64::new(1),
             heard,
             acknowledged,
-            reader: reader.abort_handle(),
+            reader,
+            pulse,
         };
         let began = Instant::now();
         if place.is_none() {
@@ -228,14 +237,10 @@ impl Host {
         }
     }
 
-    /// A sign of life: with the state where that changed, otherwise its digest.
-    pub(super) fn beat(&self) {
-        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut heard = self.heard.lock();
-        let changed = std::mem::take(&mut heard.changed);
-        let beat = self.member.beat(sequence, heard.placement.as_ref(), changed);
-        // Where its queue is full it beats the next time.
-        let _ = self.beats.try_send(beat);
+    /// Falls silent, as a host whose power went: its connection stays as it is.
+    pub(super) fn silence(&self) {
+        self.pulse.0.abort();
+        self.reader.0.abort();
     }
 
     /// The newest beat that the coordinator has answered.
@@ -362,16 +367,19 @@ pub(super) fn image() -> v1::Image {
     }
 }
 
-/// Every host beats once in `period`, evenly spread over it, for as long as this is polled.
-pub(super) async fn keep_beating(hosts: &[Arc<Host>], period: Duration) {
-    const TURNS: usize = 500;
-    let mut ticks = tokio::time::interval(period / u32::try_from(TURNS).unwrap_or(1));
-    for turn in (0..TURNS).cycle() {
+/// A sign of life every [`BEAT`], from one beat after the first: with the state where that changed, otherwise its digest.
+async fn pulse(member: Arc<Member>, beats: mpsc::Sender<v1::Beat>, heard: Arc<Mutex<Heard>>) {
+    let mut ticks = tokio::time::interval(BEAT);
+    ticks.tick().await;
+    for sequence in 2.. {
         ticks.tick().await;
-        hosts
-            .iter()
-            .skip(turn)
-            .step_by(TURNS)
-            .for_each(|host| host.beat());
+        let beat = {
+            let mut heard = heard.lock();
+            let changed = std::mem::take(&mut heard.changed);
+            member.beat(sequence, heard.placement.as_ref(), changed)
+        };
+        if beats.send(beat).await.is_err() {
+            return;
+        }
     }
 }
