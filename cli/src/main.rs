@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod delta;
+mod describe;
 mod doctor;
 mod failure;
 mod fleet;
@@ -17,6 +19,7 @@ mod parallel;
 mod search;
 mod serve;
 mod signals;
+mod snapshot;
 mod tree;
 mod vm;
 
@@ -66,6 +69,13 @@ enum Command {
     /// Create, start, stop, destroy and list virtual machines
     #[command(subcommand)]
     Vm(vm::VmVerb),
+    /// Take, list, go back to and delete snapshots of VMs' disks
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotVerb),
+    Describe(describe::DescribeArgs),
+    /// Check what a VM wrote
+    #[command(subcommand)]
+    Delta(delta::DeltaVerb),
     /// Boot and stop many virtual machines at once
     #[command(subcommand)]
     Fleet(fleet::FleetVerb),
@@ -123,6 +133,9 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Search(args) => search::run(options, args).await,
         Command::Doctor(args) => doctor::run(options, args).await,
         Command::Vm(verb) => vm::run(options, verb).await,
+        Command::Snapshot(verb) => snapshot::run(options, verb).await,
+        Command::Describe(args) => describe::run(options, args).await,
+        Command::Delta(verb) => delta::run(options, verb).await,
         Command::Fleet(verb) => fleet::run(options, verb).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -16,6 +16,24 @@ const ROUTES: &[Route] = &[
     Route::new(Method::Post, "/v1/disks", "Agent/CreateMany"),
     Route::new(Method::Put, "/v1/disks/{vm}", "Agent/Create"),
     Route::new(Method::Delete, "/v1/disks/{vm}", "Agent/Destroy").with(&[("keep_base", "instance_only")]),
+    Route::new(Method::Get, "/v1/disks/{vm}", "Agent/Describe"),
+    Route::new(Method::Post, "/v1/disks/{vm}/check", "Agent/CheckDelta"),
+    Route::new(Method::Get, "/v1/disks/{vm}/snapshots", "Agent/ListSnapshots"),
+    Route::new(
+        Method::Put,
+        "/v1/disks/{vm}/snapshots/{snapshot}",
+        "Agent/Snapshot",
+    ),
+    Route::new(
+        Method::Delete,
+        "/v1/disks/{vm}/snapshots/{snapshot}",
+        "Agent/DeleteSnapshot",
+    ),
+    Route::new(
+        Method::Post,
+        "/v1/disks/{vm}/snapshots/{snapshot}/roll-back",
+        "Agent/RollBack",
+    ),
     Route::new(Method::Put, "/v1/bases/{image=image.name}", "Agent/Attach")
         .with(&[("version", "image.version")]),
     Route::new(Method::Delete, "/v1/bases/{image=image.name}", "Agent/Detach")

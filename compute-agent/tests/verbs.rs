@@ -249,3 +249,18 @@ async fn many_disks_whose_base_fails_at_any_step_leave_nothing_and_a_retry_makes
         rig.end().await;
     }
 }
+
+#[tokio::test]
+async fn a_plane_without_layers_refuses_snapshots_with_the_reason() {
+    let rig = rig(usize::MAX).await;
+    rig.host
+        .create(&vm("web-1"), &"debian".parse().unwrap())
+        .await
+        .unwrap();
+    let name = "a".parse().unwrap();
+    let refused = rig.host.snapshot(&vm("web-1"), &name).await.unwrap_err();
+    assert!(matches!(&refused, HostError::NotOnPlane { .. }), "{refused}");
+    let unknown = rig.host.snapshot(&vm("web-2"), &name).await.unwrap_err();
+    assert!(matches!(&unknown, HostError::UnknownVm { .. }), "{unknown}");
+    rig.end().await;
+}

@@ -91,6 +91,16 @@ pub(super) fn encode_header(meta: &DeltaMeta) -> [u8; SECTOR] {
     sector
 }
 
+/// The base that a header names, whatever else may be wrong with the file.
+pub(super) fn base_of(sector: &[u8; SECTOR]) -> Option<DeltaMeta> {
+    let (bytes, _) = sector.get(48..56)?.split_first_chunk::<8>()?;
+    let meta = DeltaMeta {
+        digest: Digest::from_slice(&sector[16..48]).ok()?,
+        bytes: u64::from_le_bytes(*bytes),
+    };
+    (*sector == encode_header(&meta)).then_some(meta)
+}
+
 pub(super) fn check_header(
     sector: &[u8; SECTOR],
     path: &Path,

@@ -303,6 +303,13 @@ impl Delta {
         self.core.storage.allocated_bytes()
     }
 
+    /// The base that a file's header names; `None` where nothing was written yet, or the header is damaged. Blocks.
+    pub(crate) fn base_of(storage: &dyn Storage) -> io::Result<Option<DeltaMeta>> {
+        let mut sector = [0; SECTOR];
+        storage.read_at(0, &mut sector)?;
+        Ok(format::base_of(&sector))
+    }
+
     pub(crate) fn core(&self) -> &Arc<Core> {
         &self.core
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::RwLock;
@@ -45,7 +46,7 @@ pub enum LayerError {
     #[error("a write to the disk has been under way for more than {} s, so there is no point in time to keep; try again", GATE_LIMIT.as_secs())]
     Busy,
     /// The process ends.
-    #[error("the process is shutting down")]
+    #[error("the disk is being closed; try again when it is served")]
     Stopping,
 }
 
@@ -110,6 +111,8 @@ pub struct LayeredDisk {
 }
 
 struct Shared {
+    /// No more changes of the layers.
+    closed: AtomicBool,
     files: DiskFiles,
     base: Arc<dyn BlockDevice>,
     now: RwLock<Arc<Now>>,
@@ -126,6 +129,13 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Shared {
+    fn check_open(&self) -> Result<(), LayerError> {
+        match self.closed.load(Ordering::Acquire) {
+            true => Err(LayerError::Stopping),
+            false => Ok(()),
+        }
+    }
+
     fn now(&self) -> Arc<Now> {
         Arc::clone(&self.now.read())
     }
@@ -144,6 +154,7 @@ impl Shared {
 
     /// The tree changes and its layers do not.
     fn rename(&self, tree: LayerTree) -> Result<(), LayerError> {
+        self.check_open()?;
         self.files.save(&tree)?;
         let open = self.now().open.clone();
         self.switch(tree, open)
@@ -151,6 +162,7 @@ impl Shared {
 
     /// Before the gate: most of what is to be flushed, and the new live layer's file.
     fn prepare(&self, tree: &LayerTree) -> Result<Delta, LayerError> {
+        self.check_open()?;
         let now = self.now();
         let old = now.tree.live();
         if let Some(core) = now.core(old) {
@@ -197,6 +209,7 @@ impl Shared {
             self.copy(layer, &from, into, &to)?;
             to.flush_now().map_err(self.io(into))?;
         }
+        self.check_open()?;
         let mut tree = now.tree.clone();
         tree.tidied(tidy);
         self.files.save(&tree)?;
@@ -209,6 +222,7 @@ impl Shared {
 
     fn copy(&self, layer: LayerId, from: &Core, into: LayerId, to: &Core) -> Result<(), LayerError> {
         for (first, state, count) in from.runs(COPY_BLOCKS) {
+            self.check_open()?;
             let data = match state {
                 State::Base => continue,
                 State::Zero => None,
@@ -228,6 +242,7 @@ impl Shared {
     fn seal(&self) -> Result<(), LayerError> {
         let now = self.now();
         for (&id, delta) in now.open.iter().filter(|(id, _)| **id != now.tree.live()) {
+            self.check_open()?;
             delta.core().seal().map_err(self.io(id))?;
         }
         Ok(())
@@ -302,7 +317,12 @@ impl LayeredDisk {
         }
         let now = RwLock::new(Arc::new(Now::new(&base, tree, open)?));
         Ok(Self {
-            shared: Arc::new(Shared { files, base, now }),
+            shared: Arc::new(Shared {
+                closed: AtomicBool::new(false),
+                files,
+                base,
+                now,
+            }),
             gate: Arc::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -468,6 +488,12 @@ impl LayeredDisk {
             }
         })
         .await
+    }
+
+    /// Ends a merge that is under way, and lets no other change of the layers begin; reads and writes go on.
+    pub async fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        let _ended = self.changing.lock().await;
     }
 
     /// The base it stands on.

@@ -5,14 +5,15 @@
 //! made before the manifest names it, and removed after.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use treeboot_types::VmName;
+use treeboot_types::{Digest, VmName};
 
-use super::folder::Folder;
+use super::disk::LayerReport;
+use super::folder::{Directory, Folder};
 use super::tree::{LayerId, LayerTree};
-use crate::delta::{BootId, Delta, DeltaError, DeltaMeta};
+use crate::delta::{BootId, Delta, DeltaDamage, DeltaError, DeltaMeta, DeltaReport};
 use crate::storage::OpenMode;
 
 /// What the name of a disk's first delta ends in.
@@ -37,6 +38,46 @@ pub fn owner_of(file: &str) -> Option<VmName> {
         .strip_suffix(DELTA_SUFFIX)
         .or_else(|| file.strip_suffix(MANIFEST_SUFFIX))?;
     VmName::new(name).ok()
+}
+
+/// Removes the files of a VM's disk, the manifest last, so that what is left is seen until all of it is gone. Blocks.
+///
+/// # Errors
+/// The operating system's.
+pub fn delete(folder: &(impl Folder + Clone), vm: &VmName) -> Result<(), DeltaError> {
+    // Which base they belong to does not matter any more.
+    let meta = DeltaMeta {
+        digest: Digest([0; 32]),
+        bytes: 0,
+    };
+    DiskFiles::new(Arc::new(folder.clone()), vm.clone(), meta, BootId([0; 16])).delete()
+}
+
+/// Checks the layers of a disk that nobody serves: its manifest, then each file. `boot` is the machine's present one. Blocks.
+///
+/// # Errors
+/// There is no such disk, somebody serves it, or its manifest cannot be read.
+pub fn check(directory: &Path, vm: &VmName, boot: BootId) -> Result<Vec<LayerReport>, DeltaError> {
+    let folder: Arc<dyn Folder> = Arc::new(Directory::new(directory));
+    let mut meta = DeltaMeta {
+        digest: Digest([0; 32]),
+        bytes: 0,
+    };
+    let files = |meta| DiskFiles::new(Arc::clone(&folder), vm.clone(), meta, boot);
+    let (tree, _) = files(meta).tree()?;
+    for &id in tree.layers().keys() {
+        let name = files(meta).layer(id);
+        let path = folder.path(&name);
+        match folder.open(&name, OpenMode::ReadOnly) {
+            Ok(storage) => {
+                let base = Delta::base_of(&*storage).map_err(|source| DeltaError::Io { path, source })?;
+                meta = base.unwrap_or(meta);
+            }
+            Err(source) if source.kind() == io::ErrorKind::NotFound && tree.layers().len() > 1 => {}
+            Err(source) => return Err(DeltaError::of_opening(&path, source)),
+        }
+    }
+    files(meta).check(&tree)
 }
 
 impl DiskFiles {
@@ -116,6 +157,37 @@ impl DiskFiles {
         self.open_file(id, OpenMode::ReadWrite)
     }
 
+    /// Checks every layer while nobody serves the disk. Blocks.
+    fn check(self, tree: &LayerTree) -> Result<Vec<LayerReport>, DeltaError> {
+        let mut reports = vec![];
+        for (&id, layer) in tree.layers() {
+            let mut report = LayerReport {
+                layer: id,
+                parent: layer.parent,
+                snapshot: layer.snapshot.clone(),
+                live: id == tree.live(),
+                allocated_bytes: 0,
+                check: DeltaReport::default(),
+            };
+            let checked = self.open_file(id, OpenMode::ReadOnly).and_then(|delta| {
+                report.allocated_bytes = delta.allocated_bytes().map_err(self.io(&self.layer(id)))?;
+                delta.core().check().map_err(self.io(&self.layer(id)))
+            });
+            match checked {
+                Ok(check) => report.check = check,
+                Err(error @ DeltaError::InUse { .. }) => return Err(error),
+                // One layer that cannot be opened does not keep the others from being looked at.
+                Err(error) => report.check.damage.push(DeltaDamage {
+                    offset: 0,
+                    bytes: self.meta.bytes,
+                    what: error.to_string(),
+                }),
+            }
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
     /// Makes a layer, in the place of one that the manifest never named. Blocks.
     ///
     /// # Errors
@@ -172,11 +244,7 @@ impl DiskFiles {
         Ok(())
     }
 
-    /// Removes all of it, the manifest last, so that what is left is seen until all of it is gone. Blocks.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn delete(&self) -> Result<(), DeltaError> {
+    pub(super) fn delete(&self) -> Result<(), DeltaError> {
         let name = self.manifest();
         let manifest = self.folder.read(&name).map_err(self.io(&name))?;
         if manifest.is_some() {

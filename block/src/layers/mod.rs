@@ -14,7 +14,7 @@ mod frozen;
 mod tree;
 
 pub use disk::{LayerError, LayerReport, LayeredDisk};
-pub use files::{DELTA_SUFFIX, DiskFiles, MANIFEST_SUFFIX, owner_of};
+pub use files::{DELTA_SUFFIX, DiskFiles, MANIFEST_SUFFIX, check, delete, owner_of};
 pub use folder::{Directory, Folder};
 pub use frozen::{Content, Frozen};
 pub use tree::{Layer, LayerId, LayerTree, MAX_LAYERS, Snapshot, Tidy, TreeError};

@@ -381,10 +381,34 @@ fn on_real_files_a_disk_goes_through_its_life() {
         tidy_all(&disk).await;
         assert_eq!(disk.tree().layers().len(), 1);
         assert!(read_all_is(&disk).await);
+        let boot = BootId([8; 16]);
+        let in_use = check(dir.path(), &vm, boot).unwrap_err();
+        assert!(matches!(in_use, DeltaError::InUse { .. }), "{in_use}");
+        disk.snapshot(snapshot("b")).await.unwrap();
+        disk.write(4096, &pattern(6).repeat(8)).await.unwrap();
+        disk.flush().await.unwrap();
+        tidy_all(&disk).await;
         drop(disk);
+        let report = check(dir.path(), &vm, boot).unwrap();
+        let counts: Vec<_> = report.iter().map(|l| (l.live, l.check.data_blocks)).collect();
+        assert_eq!(counts, [(false, 1), (true, 1)]);
+        assert!(report.iter().all(|layer| layer.check.damage.is_empty()));
+        let frozen = dir.path().join(format!("vm+{}.layer", report[0].layer));
+        let file = std::fs::OpenOptions::new().write(true).open(&frozen).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"x", 4096 * 4 + 100).unwrap();
+        let report = check(dir.path(), &vm, boot).unwrap();
+        assert_eq!(
+            (report[0].check.damage[0].offset, report[0].check.damage[0].bytes),
+            (0, 4096)
+        );
+        std::fs::remove_file(&frozen).unwrap();
+        let report = check(dir.path(), &vm, boot).unwrap();
+        assert!(report[0].check.damage[0].what.contains("is gone"), "{report:?}");
+        let missing = check(dir.path(), &VmName::new("other").unwrap(), boot).unwrap_err();
+        assert!(matches!(missing, DeltaError::Missing { .. }), "{missing}");
         let mut names = folder.names().unwrap();
         names.sort();
-        assert_eq!(names.len(), 2, "one layer and the manifest: {names:?}");
+        assert_eq!(names.len(), 2, "the live layer and the manifest: {names:?}");
         DiskFiles::new(Arc::clone(&folder), vm.clone(), META, BOOT)
             .delete()
             .unwrap();

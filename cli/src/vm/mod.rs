@@ -333,7 +333,7 @@ async fn image_of(agent: &Agent, vm: &str) -> Result<v1::ImageId, Failure> {
 }
 
 /// The agent that has the VM: on the host that was named, or on the only one where it is found.
-async fn agent_with(
+pub(crate) async fn agent_with(
     coordinator: &Coordinator,
     options: &Options,
     vm: &VmName,

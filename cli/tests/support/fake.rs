@@ -601,6 +601,27 @@ impl Agent for FakeAgent {
     async fn snapshot(&self, _: Request<v1::SnapshotRequest>) -> Answer<v1::SnapshotResponse> {
         unused()
     }
+    async fn list_snapshots(
+        &self,
+        _: Request<v1::ListSnapshotsRequest>,
+    ) -> Answer<v1::ListSnapshotsResponse> {
+        unused()
+    }
+    async fn roll_back(&self, _: Request<v1::RollBackRequest>) -> Answer<v1::RollBackResponse> {
+        unused()
+    }
+    async fn delete_snapshot(
+        &self,
+        _: Request<v1::DeleteSnapshotRequest>,
+    ) -> Answer<v1::DeleteSnapshotResponse> {
+        unused()
+    }
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Answer<v1::DescribeResponse> {
+        unused()
+    }
+    async fn check_delta(&self, _: Request<v1::CheckDeltaRequest>) -> Answer<v1::CheckDeltaResponse> {
+        unused()
+    }
     async fn clone(&self, _: Request<v1::CloneRequest>) -> Answer<v1::CloneResponse> {
         unused()
     }

@@ -131,13 +131,44 @@ pub enum HostError {
     /// The import or the store.
     #[error(transparent)]
     Store(#[from] crate::store::StoreError),
-    /// A verb that comes later.
-    #[error("{verb} is not yet available in this version; {instead}")]
-    NotYet {
+    /// This host's plane cannot do it.
+    #[error("{verb} cannot be done on host '{host}': {why}")]
+    NotOnPlane {
         /// The verb.
         verb: &'static str,
-        /// What can be done instead.
-        instead: &'static str,
+        /// This host.
+        host: String,
+        /// Why, and what to do instead.
+        why: &'static str,
+    },
+    /// The VM is known, but its disk is not there.
+    #[error("VM '{vm}' has no disk on host '{host}'; `treeboot vm create {vm}` makes one")]
+    NoDisk {
+        /// The VM.
+        vm: VmName,
+        /// This host.
+        host: String,
+    },
+    /// A front end is logged in to the disk.
+    #[error(
+        "{sessions} front ends are logged in to the disk of VM '{vm}' and would not see that it changes; end them first"
+    )]
+    DiskInUse {
+        /// The VM.
+        vm: VmName,
+        /// How many.
+        sessions: u32,
+    },
+    /// The layers of a disk.
+    #[error("the disk of VM '{vm}' on host '{host}'")]
+    Layers {
+        /// The VM.
+        vm: VmName,
+        /// This host.
+        host: String,
+        /// The reason, with the way out.
+        #[source]
+        source: Box<treeboot_block::LayerError>,
     },
     /// What several calls had in common failed.
     #[error(transparent)]

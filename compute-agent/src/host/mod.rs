@@ -6,6 +6,7 @@
 
 mod base;
 mod error;
+mod layers;
 mod many;
 mod mend;
 mod report;
@@ -485,7 +486,7 @@ impl Host {
     }
 
     /// A VM as it is now, with its disk's counters.
-    async fn report(&self, vm: &VmName) -> VmReport {
+    pub async fn report(&self, vm: &VmName) -> VmReport {
         let report = self
             .shared
             .vms

@@ -18,7 +18,7 @@ use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
 use super::{Host, HostError, Shared, chain, is_running, obstacle_of, reach_error};
 use crate::desired::{Change, DiskState, VmState};
 use crate::plane::{DiskPlace, Scope};
-use crate::stack::{Content, WantedDisk};
+use crate::stack::{Content, LayerChange, WantedDisk};
 
 /// Messages that may wait for one VM's owner.
 const INBOX: usize = 16;
@@ -43,6 +43,10 @@ pub(super) enum VmMsg {
         force: bool,
         reply: Reply<()>,
     },
+    Layers {
+        change: LayerChange,
+        reply: Reply<()>,
+    },
 }
 
 /// The way to an owner.
@@ -54,8 +58,8 @@ pub(super) struct VmHandle {
 type Waiting<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// A run of QEMU, with what is being waited for.
-struct Run {
-    vm: Arc<RunningVm>,
+pub(super) struct Run {
+    pub(super) vm: Arc<RunningVm>,
     /// Ends when the guest is ready, or will not be.
     ready: Option<Waiting<Result<(), String>>>,
     /// Ends with QEMU.
@@ -67,10 +71,10 @@ struct Run {
 
 pub(super) struct VmOwner {
     host: Host,
-    shared: Arc<Shared>,
-    vm: VmName,
+    pub(super) shared: Arc<Shared>,
+    pub(super) vm: VmName,
     report: watch::Sender<VmReport>,
-    run: Option<Run>,
+    pub(super) run: Option<Run>,
 }
 
 /// What the owner's loop does next.
@@ -136,6 +140,7 @@ impl VmOwner {
         if self.shared.journal().desired().disks.contains_key(&self.vm) {
             // A disk of a time before there was an authority.
             self.shared.settings.keys.make_disk(&self.vm).await;
+            self.tidy_layers();
         }
         if !is_running(self.shared.journal().desired().vms.get(&self.vm)) {
             return;
@@ -179,6 +184,10 @@ impl VmOwner {
             }
             VmMsg::Stop { force, reply } => {
                 self.stop(force, reply).await;
+                false
+            }
+            VmMsg::Layers { change, reply } => {
+                let _ = reply.send(self.change_layers(change).await);
                 false
             }
         }
@@ -257,7 +266,7 @@ impl VmOwner {
         self.delete_disk(false).await
     }
 
-    async fn reach_disk(&mut self) -> Result<(), HostError> {
+    pub(super) async fn reach_disk(&mut self) -> Result<(), HostError> {
         // Before it is served, so that nobody meets a disk whose secret is not known.
         self.shared.settings.keys.make_disk(&self.vm).await;
         let wanted = self.shared.journal().desired().wanted_disk(&self.vm);

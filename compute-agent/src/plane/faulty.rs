@@ -11,6 +11,7 @@ use super::{
     Scope, Trouble,
 };
 use crate::stack::{Found, Step};
+use treeboot_block::layers::LayerReport;
 
 /// How the chosen step goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +98,10 @@ impl Plane for FaultyPlane {
 
     fn disk_place(&self, vm: &VmName) -> Result<DiskPlace, PlaneError> {
         self.inner.disk_place(vm)
+    }
+
+    fn layers<'a>(&'a self, vm: &'a VmName, check: bool) -> PlaneFuture<'a, Vec<LayerReport>> {
+        self.inner.layers(vm, check)
     }
 
     fn troubles(&self) -> Vec<Trouble> {

@@ -9,11 +9,12 @@ pub mod kernel;
 pub mod model;
 pub mod user;
 
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
 
+use treeboot_block::LayerError;
+use treeboot_block::layers::LayerReport;
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, IscsiUrl, VmName};
 
 use crate::stack::{Found, Step, Violation};
@@ -35,12 +36,46 @@ pub enum PlaneKind {
 /// A verb that not every plane can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verb {
-    /// A point in time of a disk, as a layer.
+    /// A point in time of a disk, as a layer; going back to it, and deleting it.
     Snapshot,
+    /// A check of all that a VM wrote.
+    CheckDelta,
     /// A copy of a VM's disk here or on another host.
     Clone,
     /// A VM's disk moved to another host.
     Migrate,
+}
+
+impl Verb {
+    /// Why a kind of plane cannot do it, and what to do instead; `None` where it can.
+    pub fn refusal(self, plane: PlaneKind) -> Option<&'static str> {
+        match (plane, self) {
+            (PlaneKind::User, Self::Snapshot | Self::CheckDelta) => None,
+            (PlaneKind::User, Self::Clone | Self::Migrate) => Some(
+                "this version does not ship disks; stop the VM and copy its data by the guest's own means",
+            ),
+            (PlaneKind::Kernel, Self::Snapshot) => Some(
+                "dm-snapshot keeps one layer of writes over a base and cannot freeze it; run the VM on a host of the user plane",
+            ),
+            (PlaneKind::Kernel, Self::CheckDelta) => Some(
+                "what dm-snapshot writes has no checksums; the kernel calls a delta that it cannot read invalid, and 'treeboot doctor' says so",
+            ),
+            (PlaneKind::Kernel, Self::Clone | Self::Migrate) => Some(
+                "what dm-snapshot wrote cannot be read while the VM runs; run the VM on a host of the user plane",
+            ),
+            (PlaneKind::Model, _) => Some("a model has no layers; use a real plane"),
+        }
+    }
+
+    /// A word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::CheckDelta => "delta check",
+            Self::Clone => "clone",
+            Self::Migrate => "migrate",
+        }
+    }
 }
 
 /// What a plane can do.
@@ -48,8 +83,6 @@ pub enum Verb {
 pub struct Abilities {
     /// How many stripes it can read apart; 1 where it cannot split.
     pub max_stripes: u32,
-    /// Verbs beyond attach, create, destroy and list.
-    pub verbs: BTreeSet<Verb>,
 }
 
 /// Which part of the host to look at.
@@ -131,6 +164,14 @@ pub enum PlaneError {
         /// Why it could not be undone.
         #[source]
         undo: Box<PlaneError>,
+    },
+    /// The layers of a VM's disk.
+    #[error("VM '{vm}': {source}")]
+    Layers {
+        /// The VM.
+        vm: VmName,
+        /// The reason.
+        source: Box<LayerError>,
     },
     /// A test asked for it.
     #[error("injected fault at step {at}")]
@@ -308,6 +349,13 @@ pub trait Plane: Send + Sync + 'static {
         }
     }
 
+    /// The layers of a served disk; with `check` all of them are read and what is wrong is told.
+    fn layers<'a>(&'a self, vm: &'a VmName, check: bool) -> PlaneFuture<'a, Vec<LayerReport>> {
+        let _ = check;
+        let kind = self.kind();
+        Box::pin(async move { Err(no_layers(vm, kind)) })
+    }
+
     /// What does not work as it was set at the moment, for a person.
     fn troubles(&self) -> Vec<Trouble> {
         Vec::new()
@@ -330,6 +378,14 @@ pub trait Plane: Send + Sync + 'static {
     /// The target under which an image is exported.
     fn export_name(&self, image: &ImageId) -> treeboot_types::Iqn {
         treeboot_types::Iqn::of_image(image)
+    }
+}
+
+/// What a plane says whose disks have no layers.
+pub(crate) fn no_layers(vm: &VmName, plane: PlaneKind) -> PlaneError {
+    PlaneError::Unfit {
+        what: format!("the layers of VM '{vm}'"),
+        why: Verb::Snapshot.refusal(plane).unwrap_or_default().into(),
     }
 }
 

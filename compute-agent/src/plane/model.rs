@@ -1,6 +1,6 @@
 //! A plane in memory, over the planner's own rules of the layers: fast, exact, and with nothing of a real host.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 
 use parking_lot::Mutex;
@@ -146,7 +146,6 @@ impl Plane for ModelPlane {
     fn abilities(&self) -> Abilities {
         Abilities {
             max_stripes: u32::MAX,
-            verbs: BTreeSet::new(),
         }
     }
 
@@ -157,6 +156,9 @@ impl Plane for ModelPlane {
     fn apply<'a>(&'a self, step: &'a Step) -> PlaneFuture<'a, ()> {
         Box::pin(async move {
             let mut state = self.state.lock();
+            if let Step::Layers { vm, .. } = step {
+                return Err(super::no_layers(vm, PlaneKind::Model));
+            }
             state.world.apply(step)?;
             if let Step::DeleteDelta { vm } = step {
                 state.writes.remove(vm);

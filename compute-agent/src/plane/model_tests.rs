@@ -115,3 +115,20 @@ async fn the_model_conforms() {
 async fn the_model_survives_a_fault_at_every_step() {
     assert!(conformance::fail_at_every_step(rig).await >= 3 * (7 + 7));
 }
+
+#[test]
+fn what_a_plane_refuses_stands_in_the_docs() {
+    use super::{PlaneKind, Verb};
+    let docs = include_str!("../../../docs/verbs.md");
+    let kernel = |verb: Verb| verb.refusal(PlaneKind::Kernel);
+    for (verb, user) in [
+        (Verb::Snapshot, true),
+        (Verb::CheckDelta, true),
+        (Verb::Clone, false),
+        (Verb::Migrate, false),
+    ] {
+        assert_eq!(verb.refusal(PlaneKind::User).is_none(), user, "{verb:?}");
+        assert!(kernel(verb).is_some(), "{verb:?}");
+        assert!(docs.contains(&format!("`{}`", verb.name())), "{verb:?}");
+    }
+}

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tonic::Status;
+use treeboot_block::layers::LayerReport;
 use treeboot_hypervisor::{Readiness, Seed};
 use treeboot_proto::v1;
 use treeboot_types::{ImageRef, VmName};
@@ -167,6 +168,59 @@ pub(super) fn vm(report: &VmReport) -> v1::Vm {
         read_operations: stats.read_operations,
         read_time_ns: stats.read_time_ns,
         io_errors: stats.failed_reads + stats.failed_writes + stats.failed_flushes,
+    }
+}
+
+/// A layer; with what a check of it found where there was one.
+pub(super) fn layer(layer: &LayerReport, checked: bool) -> v1::Layer {
+    let check = &layer.check;
+    let damage = check.damage.iter().map(|damage| v1::DeltaDamage {
+        offset: damage.offset,
+        bytes: damage.bytes,
+        what: damage.what.clone(),
+    });
+    v1::Layer {
+        number: layer.layer,
+        parent: layer.parent,
+        snapshot: layer
+            .snapshot
+            .as_ref()
+            .map(|snapshot| snapshot.name.to_string())
+            .unwrap_or_default(),
+        created_unix_ms: layer
+            .snapshot
+            .as_ref()
+            .map_or(0, |snapshot| snapshot.created_unix_ms),
+        live: layer.live,
+        allocated_bytes: layer.allocated_bytes,
+        sealed: check.sealed,
+        report: checked.then(|| v1::DeltaReport {
+            base_blocks: check.base_blocks,
+            data_blocks: check.data_blocks,
+            zero_blocks: check.zero_blocks,
+            stray_bytes: check.stray_bytes,
+            damage: damage.collect(),
+        }),
+    }
+}
+
+/// One VM with all that is known of it.
+pub(super) async fn described(host: &Host, name: &VmName, disk: v1::Disk) -> v1::DescribeResponse {
+    // A plane without layers has none to show.
+    let layers = host.layers(name, false).await.unwrap_or_default();
+    let desired = host.desired();
+    let run = match desired.vms.contains_key(name) {
+        true => Some(vm(&host.report(name).await)),
+        false => None,
+    };
+    let image = desired.disks.get(name).map(|disk| &disk.image);
+    let attachment = image.and_then(|image| host.attachment(image));
+    v1::DescribeResponse {
+        disk: Some(disk),
+        layers: layers.iter().map(|found| layer(found, false)).collect(),
+        run,
+        attachment: attachment.map(|attachment| (&attachment).into()),
+        host: host.info().name.to_string(),
     }
 }
 

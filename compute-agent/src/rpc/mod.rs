@@ -8,16 +8,17 @@ pub(crate) use convert::status as status_of;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use treeboot_block::LayerError;
 use treeboot_identity::gate::Caller;
 use treeboot_identity::{Role, Who};
 use treeboot_proto::v1;
 use treeboot_proto::v1::agent_server::Agent;
 use treeboot_proto::{image_id, image_id_or_newest};
-use treeboot_types::{ImageRef, Iqn, VmName};
+use treeboot_types::{ImageRef, Iqn, SnapshotName, VmName};
 
 use crate::host::{Host, HostError, chain};
 use crate::link::LinkError;
-use crate::plane::{DiskPlace, PlaneError};
+use crate::plane::{DiskPlace, PlaneError, Verb};
 use crate::store::StoreError;
 
 /// The service over one host.
@@ -98,11 +99,12 @@ impl Service {
         }
     }
 
-    fn not_yet<T>(&self, verb: &'static str) -> Result<T, Status> {
-        Err(status(HostError::NotYet {
-            verb,
-            instead: "stop the VM and copy its data by the guest's own means, or create a new VM of the same image",
-        }))
+    fn refused<T>(&self, verb: Verb) -> Result<T, Status> {
+        self.host.can(verb).map_err(status)?;
+        Err(Status::unimplemented(format!(
+            "{} is not in this version",
+            verb.name()
+        )))
     }
 }
 
@@ -120,6 +122,10 @@ async fn whole<T: Send + 'static>(
 
 fn invalid(error: impl std::fmt::Display) -> Status {
     Status::invalid_argument(error.to_string())
+}
+
+fn snapshot_name(name: &str) -> Result<SnapshotName, Status> {
+    SnapshotName::new(name).map_err(invalid)
 }
 
 fn vm_name(name: &str) -> Result<VmName, Status> {
@@ -140,11 +146,14 @@ fn code(error: &HostError) -> tonic::Code {
     use tonic::Code;
     match error {
         HostError::UnknownVm { .. }
+        | HostError::NoDisk { .. }
         | HostError::NotAttached { .. }
         | HostError::Store(StoreError::NotStored { .. }) => Code::NotFound,
         HostError::VmExists { .. } | HostError::ImageExists { .. } => Code::AlreadyExists,
         HostError::ImageInUse { .. }
         | HostError::NoHypervisor { .. }
+        | HostError::NotOnPlane { .. }
+        | HostError::DiskInUse { .. }
         | HostError::VmRuns { .. }
         | HostError::Store(StoreError::NoStore { .. }) => Code::FailedPrecondition,
         HostError::Link(LinkError::Unavailable { .. })
@@ -163,7 +172,6 @@ fn code(error: &HostError) -> tonic::Code {
         HostError::Store(StoreError::NoSpace { .. }) => Code::ResourceExhausted,
         HostError::Store(StoreError::Io { .. }) => Code::Internal,
         HostError::Store(StoreError::Damaged { .. }) => Code::DataLoss,
-        HostError::NotYet { .. } => Code::Unimplemented,
         HostError::Start(error) => match error {
             treeboot_hypervisor::StartError::Spec(_) | treeboot_hypervisor::StartError::Seed(_) => {
                 Code::InvalidArgument
@@ -180,6 +188,7 @@ fn code(error: &HostError) -> tonic::Code {
             crate::apply::ReachError::Journal(_) => Code::Internal,
         },
         HostError::Plane(plane) => plane_code(plane),
+        HostError::Layers { source, .. } => layer_code(source),
     }
 }
 
@@ -192,7 +201,22 @@ fn plane_code(error: &PlaneError) -> tonic::Code {
         PlaneError::TooLong { .. } => Code::Unavailable,
         PlaneError::Unfit { .. } => Code::FailedPrecondition,
         PlaneError::Undo { cause, .. } => plane_code(cause),
+        PlaneError::Layers { source, .. } => layer_code(source),
         PlaneError::Rule(_) | PlaneError::Failed { .. } | PlaneError::Injected { .. } => Code::Internal,
+    }
+}
+
+fn layer_code(error: &LayerError) -> tonic::Code {
+    use tonic::Code;
+    use treeboot_block::layers::TreeError;
+    match error {
+        LayerError::Tree(TreeError::Exists { .. }) => Code::AlreadyExists,
+        LayerError::Tree(TreeError::Unknown { .. }) => Code::NotFound,
+        LayerError::Tree(TreeError::Full) => Code::ResourceExhausted,
+        LayerError::Tree(TreeError::Held) => Code::FailedPrecondition,
+        LayerError::Damaged { .. } => Code::DataLoss,
+        LayerError::Busy | LayerError::Stopping => Code::Unavailable,
+        LayerError::Delta(_) | LayerError::Base(_) => Code::Internal,
     }
 }
 
@@ -254,17 +278,74 @@ impl Agent for Service {
 
     async fn snapshot(
         &self,
-        _: Request<v1::SnapshotRequest>,
+        request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<v1::SnapshotResponse>, Status> {
-        self.not_yet("snapshot")
+        let request = request.into_inner();
+        let (vm, snapshot) = (vm_name(&request.vm)?, snapshot_name(&request.snapshot)?);
+        let host = self.host.clone();
+        let (layer, created) = whole(async move { host.snapshot(&vm, &snapshot).await }).await?;
+        let layer = Some(convert::layer(&layer, false));
+        Ok(Response::new(v1::SnapshotResponse { layer, created }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::ListSnapshotsRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        let vm = vm_name(&request.into_inner().vm)?;
+        let layers = self.host.layers(&vm, false).await.map_err(status)?;
+        let layers = layers.iter().map(|layer| convert::layer(layer, false)).collect();
+        Ok(Response::new(v1::ListSnapshotsResponse { layers }))
+    }
+
+    async fn roll_back(
+        &self,
+        request: Request<v1::RollBackRequest>,
+    ) -> Result<Response<v1::RollBackResponse>, Status> {
+        let request = request.into_inner();
+        let (vm, snapshot) = (vm_name(&request.vm)?, snapshot_name(&request.snapshot)?);
+        let host = self.host.clone();
+        whole(async move { host.roll_back(&vm, &snapshot).await }).await?;
+        Ok(Response::new(v1::RollBackResponse {}))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<v1::DeleteSnapshotRequest>,
+    ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
+        let request = request.into_inner();
+        let (vm, snapshot) = (vm_name(&request.vm)?, snapshot_name(&request.snapshot)?);
+        let host = self.host.clone();
+        whole(async move { host.delete_snapshot(&vm, &snapshot).await }).await?;
+        Ok(Response::new(v1::DeleteSnapshotResponse {}))
+    }
+
+    async fn describe(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        let vm = vm_name(&request.into_inner().vm)?;
+        let disk = self.disk(&vm).map_err(status)?;
+        Ok(Response::new(convert::described(&self.host, &vm, disk).await))
+    }
+
+    async fn check_delta(
+        &self,
+        request: Request<v1::CheckDeltaRequest>,
+    ) -> Result<Response<v1::CheckDeltaResponse>, Status> {
+        let vm = vm_name(&request.into_inner().vm)?;
+        let host = self.host.clone();
+        let layers = whole(async move { host.layers(&vm, true).await }).await?;
+        let layers = layers.iter().map(|layer| convert::layer(layer, true)).collect();
+        Ok(Response::new(v1::CheckDeltaResponse { layers }))
     }
 
     async fn clone(&self, _: Request<v1::CloneRequest>) -> Result<Response<v1::CloneResponse>, Status> {
-        self.not_yet("clone")
+        self.refused(Verb::Clone)
     }
 
     async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
-        self.not_yet("migrate")
+        self.refused(Verb::Migrate)
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {

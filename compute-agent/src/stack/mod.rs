@@ -12,7 +12,7 @@ mod world;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use treeboot_types::{Digest, Endpoint, HostName, ImageId, PathPolicy, VmName};
+use treeboot_types::{Digest, Endpoint, HostName, ImageId, PathPolicy, SnapshotName, VmName};
 
 pub use plan::{Obstacle, Plan, plan};
 pub use world::{Violation, World};
@@ -186,6 +186,31 @@ pub struct Found {
     pub leftovers: BTreeSet<String>,
 }
 
+/// One change of the layers of a VM's disk, which is served meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "change")]
+pub enum LayerChange {
+    /// Freezes what was written, under a name.
+    Snapshot {
+        /// The name.
+        snapshot: SnapshotName,
+        /// When, in milliseconds since 1970, for people.
+        created_unix_ms: u64,
+    },
+    /// Gives up what was written since a snapshot.
+    RollBack {
+        /// The snapshot.
+        snapshot: SnapshotName,
+    },
+    /// A snapshot's name goes.
+    Forget {
+        /// The snapshot.
+        snapshot: SnapshotName,
+    },
+    /// Merges what no snapshot needs any more, and gives what is frozen its checksums.
+    Tidy,
+}
+
 /// One change of one layer. Applying one that is done already changes nothing and succeeds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "step")]
@@ -274,6 +299,13 @@ pub enum Step {
         /// On which base, and how large.
         disk: WantedDisk,
     },
+    /// Changes the layers of a disk that is served.
+    Layers {
+        /// The VM.
+        vm: VmName,
+        /// What is to be changed.
+        layers: LayerChange,
+    },
 }
 
 impl Step {
@@ -294,6 +326,12 @@ impl Step {
             Self::SetAccess { .. } => "set_access",
             Self::CreateDelta { .. } => "create_delta",
             Self::ServeDisk { .. } => "serve_disk",
+            Self::Layers { layers, .. } => match layers {
+                LayerChange::Snapshot { .. } => "snapshot",
+                LayerChange::RollBack { .. } => "roll_back",
+                LayerChange::Forget { .. } => "delete_snapshot",
+                LayerChange::Tidy => "tidy_layers",
+            },
         }
     }
 }

@@ -262,6 +262,7 @@ proptest! {
             Step::DropCache { .. } | Step::DropStore { .. } => 6,
             Step::SetPaths { .. } | Step::OpenBase { .. } | Step::Export { .. } | Step::SetAccess { .. } => 7,
             Step::CreateDelta { .. } | Step::ServeDisk { .. } => 8,
+            Step::Layers { .. } => unreachable!("layers are changed by a verb, never by a plan"),
         };
         let ranks: Vec<_> = plan(&second, &world.found).steps.iter().map(rank).collect();
         prop_assert!(ranks.is_sorted(), "{ranks:?}");

@@ -150,6 +150,11 @@ impl World {
                     }
                 }
             }
+            Step::Layers { vm, .. } => {
+                if !found.disks.contains_key(vm) {
+                    return Err(missing(step, vm, &"its disk"));
+                }
+            }
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ mod names;
 mod record;
 mod sectors;
 mod serve;
+mod snapshots;
 mod strangers;
 mod strangers_iscsi;
 mod striped;

@@ -24,7 +24,7 @@ mod steps;
 mod sys;
 mod tables;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt as _;
@@ -369,7 +369,6 @@ impl Plane for KernelPlane {
     fn abilities(&self) -> Abilities {
         Abilities {
             max_stripes: self.max_stripes,
-            verbs: BTreeSet::new(),
         }
     }
 

@@ -12,7 +12,7 @@ use super::feed::Feed;
 use super::record::{BaseRecord, DeltaFiles};
 use super::sys::{mapper_error, record_error, within};
 use super::{KernelPlane, base, disks, exports, hashes, look, record};
-use crate::plane::{PlaneError, Scope};
+use crate::plane::{PlaneError, PlaneKind, Scope, no_layers};
 use crate::stack::{Access, Backing, Content, Sources, Step, Violation, WantedDisk};
 
 impl KernelPlane {
@@ -397,6 +397,7 @@ impl KernelPlane {
             Step::SetAccess { image, access } => self.set_access(step, image, access).await,
             Step::CreateDelta { vm, disk } => self.create_delta(step, vm, *disk).await,
             Step::ServeDisk { vm, disk } => self.serve_disk(step, vm, *disk).await,
+            Step::Layers { vm, .. } => Err(no_layers(vm, PlaneKind::Kernel)),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use treeboot_block::layers::{DELTA_SUFFIX, MANIFEST_SUFFIX, owner_of};
 use treeboot_types::{Digest, VmName};
 
 use super::UserPlane;
@@ -10,9 +11,6 @@ use super::files::{blocking, names};
 use crate::plane::{PlaneError, Scope};
 use crate::stack::{Found, FoundBase, FoundDelta};
 use crate::store::Manifest;
-
-/// What a file of the deltas' directory ends in.
-const DELTA_SUFFIX: &str = ".delta";
 
 impl UserPlane {
     pub(super) async fn look(&self, scope: &Scope) -> Result<Found, PlaneError> {
@@ -111,14 +109,21 @@ impl Look {
         Ok(stores)
     }
 
-    fn deltas(&self) -> std::io::Result<Vec<VmName>> {
-        let vm = |name: &String| VmName::new(name.strip_suffix(DELTA_SUFFIX)?).ok();
+    fn deltas(&self) -> std::io::Result<BTreeSet<VmName>> {
         match &self.scope {
-            Scope::All => Ok(names(&self.deltas)?.iter().filter_map(vm).collect()),
-            Scope::Disk(vm) if self.deltas.join(format!("{vm}{DELTA_SUFFIX}")).try_exists()? => {
-                Ok(vec![vm.clone()])
+            Scope::All => Ok(names(&self.deltas)?
+                .iter()
+                .filter_map(|name| owner_of(name))
+                .collect()),
+            Scope::Disk(vm) => {
+                let there = |suffix| self.deltas.join(format!("{vm}{suffix}")).try_exists();
+                // Its first layer may have been merged long ago; then there is a manifest.
+                match there(DELTA_SUFFIX)? || there(MANIFEST_SUFFIX)? {
+                    true => Ok([vm.clone()].into()),
+                    false => Ok(BTreeSet::new()),
+                }
             }
-            Scope::Disk(_) | Scope::Base(_) => Ok(Vec::new()),
+            Scope::Base(_) => Ok(BTreeSet::new()),
         }
     }
 }

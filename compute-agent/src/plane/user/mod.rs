@@ -4,6 +4,7 @@
 //! host's one portal. What lies on the disk: `CACHE/<digest>/`, `STORE/<digest>/` and `STATE/deltas/<vm>.delta`. The rest
 //! lives in this process and is made again by the plan after a restart.
 
+mod disks;
 mod exports;
 mod files;
 pub mod foreign;
@@ -13,7 +14,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -21,9 +22,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use treeboot_block::layers::{self, Directory, LayerReport};
 use treeboot_block::{
-    BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError, DeltaMeta, Disk,
-    ImageContent, Reader,
+    BlockDevice, BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError, DeltaMeta,
+    ImageContent, LayeredDisk, Reader,
 };
 use treeboot_iscsi::target::{BindError, LunSpec, Server, ServerConfig, TargetSpec};
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
@@ -116,7 +118,7 @@ struct OpenBase {
 #[derive(Clone)]
 struct OpenDisk {
     disk: WantedDisk,
-    delta: Delta,
+    layers: Arc<LayeredDisk>,
 }
 
 impl UserPlane {
@@ -279,12 +281,8 @@ impl UserPlane {
             }
             .into());
         }
-        let path = self.delta_path(vm);
-        blocking(move || {
-            let what = || format!("removing {}", path.display());
-            gone(std::fs::remove_file(&path)).map_err(|error| PlaneError::io(what(), error))
-        })
-        .await
+        let (folder, vm) = (Directory::new(&self.settings.deltas), vm.clone());
+        blocking(move || layers::delete(&folder, &vm).map_err(|error| delta_error(&vm, error))).await
     }
 
     async fn serve_disk(&self, step: &Step, vm: &VmName, wanted: WantedDisk) -> Result<(), PlaneError> {
@@ -297,13 +295,10 @@ impl UserPlane {
         let base = self
             .base(&wanted.digest)
             .ok_or_else(|| missing(step, vm, "its base"))?;
-        let (path, boot, name) = (self.delta_path(vm), self.boot, vm.clone());
-        let opened = blocking(move || {
-            Delta::open(&path, meta(wanted), boot).map_err(|error| delta_error(&name, error))
-        });
-        let delta = opened.await?;
-        let disk = Disk::new(base.cache.base(Reader::Guest), delta.clone())
-            .map_err(|source| failed(format!("the disk of VM '{vm}'"), source))?;
+        let disk = Arc::new(
+            self.open_layers(vm, wanted, base.cache.base(Reader::Guest))
+                .await?,
+        );
         let ident = treeboot_block::verity::sha256(format!("disk:{}:{vm}", self.settings.host).as_bytes()).0;
         let mut short = [0; 16];
         short.copy_from_slice(&ident[..16]);
@@ -311,7 +306,7 @@ impl UserPlane {
             name: Iqn::of_disk(vm),
             luns: vec![LunSpec {
                 lun: DATA_LUN,
-                device: Arc::new(disk),
+                device: Arc::clone(&disk) as Arc<dyn BlockDevice>,
                 serial: vm.to_string(),
                 product: "disk".into(),
                 ident: short,
@@ -319,13 +314,21 @@ impl UserPlane {
             access: exports::front_end(&self.settings.keys, vm),
         });
         added.map_err(|source| failed(format!("serving the disk of VM '{vm}'"), source))?;
-        let open = OpenDisk { disk: wanted, delta };
+        let open = OpenDisk {
+            disk: wanted,
+            layers: disk,
+        };
         self.state.lock().disks.insert(vm.clone(), open);
         Ok(())
     }
 
     async fn stop_disk(&self, vm: &VmName) {
         self.server.remove_target(&Iqn::of_disk(vm), DRAIN).await;
+        let open = self.state.lock().disks.get(vm).cloned();
+        if let Some(open) = open {
+            // A merge that is under way ends, so that nobody writes to files that are somebody else's then.
+            open.layers.close().await;
+        }
         self.state.lock().disks.remove(vm);
     }
 
@@ -393,6 +396,7 @@ impl UserPlane {
             Step::SetAccess { image, access } => self.set_access(step, image, access),
             Step::CreateDelta { vm, disk } => self.create_delta(vm, *disk).await,
             Step::ServeDisk { vm, disk } => self.serve_disk(step, vm, *disk).await,
+            Step::Layers { vm, layers } => self.change_layers(step, vm, layers).await,
         }
     }
 
@@ -468,7 +472,6 @@ impl Plane for UserPlane {
     fn abilities(&self) -> Abilities {
         Abilities {
             max_stripes: MAX_STRIPES,
-            verbs: BTreeSet::new(),
         }
     }
 
@@ -499,6 +502,10 @@ impl Plane for UserPlane {
 
     fn disk_stats(&self, vm: &VmName) -> Option<DiskStats> {
         self.count_disk(vm)
+    }
+
+    fn layers<'a>(&'a self, vm: &'a VmName, check: bool) -> PlaneFuture<'a, Vec<LayerReport>> {
+        Box::pin(self.report_layers(vm, check))
     }
 
     fn access_map(&self, digest: &Digest) -> Vec<(u32, u32)> {

@@ -49,7 +49,7 @@ impl UserPlane {
         let open = self.state.lock().disks.get(vm).cloned()?;
         let target = self.server.stats(&Iqn::of_disk(vm)).unwrap_or_default();
         Some(DiskStats {
-            delta_bytes: open.delta.allocated_bytes().unwrap_or(0),
+            delta_bytes: open.layers.allocated_bytes().unwrap_or(0),
             read_bytes: target.read_bytes,
             written_bytes: target.written_bytes,
             sessions: u32::try_from(target.sessions.len()).unwrap_or(u32::MAX),
