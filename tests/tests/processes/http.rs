@@ -231,6 +231,9 @@ fn the_openapi_document_is_whole_and_every_path_in_it_answers_as_it_says() -> Re
         Plan::default(),
         async |cluster| {
             attached(cluster).await?;
+            // A VM of the image's name, for the paths that read of a VM.
+            let create = ["vm", "create", IMAGE, "--image", IMAGE, "--host", "h1"];
+            cluster.treeboot(&create).await?;
             for daemon in [&cluster.coordinator, &cluster.hosts[0]] {
                 let channel = daemon.channel_by(&Dialer::Insecure).await?;
                 let document = get(&channel, "/openapi.json").await?.good()?;
