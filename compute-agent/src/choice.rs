@@ -136,6 +136,7 @@ pub(crate) fn open(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Pla
     match options.plane {
         PlaneName::User => Ok(Arc::new(UserPlane::open(UserSettings {
             host: places.host,
+            state: places.state.clone(),
             deltas: places.state.join("deltas"),
             cache: places.cache,
             store: places.store,

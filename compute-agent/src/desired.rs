@@ -169,6 +169,9 @@ pub struct DiskState {
     pub doomed: bool,
     /// Random: who the VM is for as long as its disk lives.
     pub instance: [u8; 16],
+    /// It is a block device of the host, too.
+    #[serde(default)]
+    pub device: bool,
 }
 
 /// How a VM was last started or ended; the rest lies in its run directory.
@@ -447,6 +450,7 @@ impl Desired {
             }
             Some(state) => {
                 wanted.standing.insert(state.disk.digest);
+                wanted.devices.extend(state.device.then(|| vm.clone()));
                 wanted.disks.insert(vm.clone(), state.disk);
             }
             None => {}
@@ -461,7 +465,9 @@ impl Desired {
             .into_iter()
             .filter_map(|d| Some((d, self.wanted_base(d)?)));
         let (doomed, live): (Vec<_>, Vec<_>) = self.disks.iter().partition(|(_, disk)| disk.doomed);
+        let devices = live.iter().filter(|(_, state)| state.device);
         Wanted {
+            devices: devices.map(|(vm, _)| (*vm).clone()).collect(),
             bases: bases.collect(),
             standing: BTreeSet::new(),
             disks: live

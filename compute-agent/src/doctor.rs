@@ -2,7 +2,7 @@
 //!
 //! Pure. Whatever is not treeboot's is never seen by a plane's look, so it cannot be named here.
 
-use crate::stack::{Found, FoundDelta, Wanted};
+use crate::stack::{Found, FoundDelta, FoundDevice, Wanted};
 
 /// How a thing is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -128,6 +128,21 @@ pub fn diagnose(wanted: &Wanted, found: &Found) -> Vec<Finding> {
     }
     for vm in wanted.disks.keys().filter(|vm| !found.disks.contains_key(*vm)) {
         add("disk", vm.to_string(), Condition::Missing);
+    }
+    for (vm, device) in &found.devices {
+        let condition = match (wanted.devices.contains(vm), device) {
+            (false, _) => Condition::Orphaned,
+            (true, FoundDevice::Whole) => Condition::Used,
+            (true, FoundDevice::Parts) => Condition::HalfBuilt,
+        };
+        add("device", vm.to_string(), condition);
+    }
+    for vm in wanted
+        .devices
+        .iter()
+        .filter(|vm| !found.devices.contains_key(*vm))
+    {
+        add("device", vm.to_string(), Condition::Missing);
     }
     for leftover in &found.leftovers {
         add("leftover", leftover.clone(), Condition::HalfBuilt);

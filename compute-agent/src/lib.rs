@@ -15,6 +15,7 @@ pub mod desired;
 pub mod doctor;
 mod face;
 pub mod heed;
+pub mod holder;
 pub mod host;
 pub mod identity;
 pub mod journal;

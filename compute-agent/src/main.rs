@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -9,6 +10,7 @@ use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use treeboot_agent::daemon::{Daemon, Options};
+use treeboot_agent::holder::{self, HOLDER};
 use treeboot_daemon::config::{self, ConfigCommand, ConfigFile, Read};
 
 /// Attaches images, caches them, gives VMs their disks, and serves other hosts.
@@ -34,6 +36,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|word| word == HOLDER)
+        && let (Some(state), None) = (words.next(), words.next())
+    {
+        return hold(Path::new(&state));
+    }
     let Read { options, settings } = match config::parse::<Arguments>() {
         Ok(read) => read,
         Err(code) => return code,
@@ -48,6 +56,17 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What the agent starts by itself (`treeboot_agent::holder`); it has no options, so the command line does not know it.
+fn hold(state: &Path) -> ExitCode {
+    match holder::run(state) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: the holder of {} ended: {error}", state.display());
             ExitCode::FAILURE
         }
     }

@@ -201,13 +201,13 @@ async fn one_call_makes_many_disks_and_says_of_each_what_it_lacks() {
     let rig = rig(usize::MAX).await;
     let other = rig
         .host
-        .create_many(vec![vm("vm-0")], &"nobody".parse().unwrap())
+        .create_many(vec![vm("vm-0")], &"nobody".parse().unwrap(), false)
         .await;
     assert!(other.is_err(), "nobody knows the image, so nothing was begun");
     let names: Vec<_> = (0..300).map(|n| vm(&format!("vm-{n}"))).collect();
     let results = rig
         .host
-        .create_many(names.clone(), &"debian@1".parse().unwrap())
+        .create_many(names.clone(), &"debian@1".parse().unwrap(), false)
         .await
         .unwrap();
     assert!(results.iter().all(Result::is_ok), "{results:?}");
@@ -220,7 +220,7 @@ async fn one_call_makes_many_disks_and_says_of_each_what_it_lacks() {
     rig.host.destroy(&names[7], false).await.unwrap();
     let results = rig
         .host
-        .create_many(names.clone(), &"debian".parse().unwrap())
+        .create_many(names.clone(), &"debian".parse().unwrap(), false)
         .await
         .unwrap();
     assert!(results.iter().all(Result::is_ok), "{results:?}");
@@ -234,14 +234,14 @@ async fn many_disks_whose_base_fails_at_any_step_leave_nothing_and_a_retry_makes
     let names: Vec<_> = (0..8).map(|n| vm(&format!("vm-{n}"))).collect();
     for at in 0..19 {
         let rig = rig(at).await;
-        let results = rig.host.create_many(names.clone(), &image).await.unwrap();
+        let results = rig.host.create_many(names.clone(), &image, false).await.unwrap();
         let missing = results.iter().filter(|result| result.is_err()).count();
         assert!(missing > 0, "step {at} was not reached");
         until("what failed is not desired any more", || {
             rig.host.desired().disks.len() == names.len() - missing
         })
         .await;
-        let results = rig.host.create_many(names.clone(), &image).await.unwrap();
+        let results = rig.host.create_many(names.clone(), &image, false).await.unwrap();
         assert!(results.iter().all(Result::is_ok), "at {at}: {results:?}");
         for name in &names {
             rig.model.write_disk(name, 0, &[1; 4096]).unwrap();
@@ -262,5 +262,45 @@ async fn a_plane_without_layers_refuses_snapshots_with_the_reason() {
     assert!(matches!(&refused, HostError::NotOnPlane { .. }), "{refused}");
     let unknown = rig.host.snapshot(&vm("web-2"), &name).await.unwrap_err();
     assert!(matches!(&unknown, HostError::UnknownVm { .. }), "{unknown}");
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_disk_becomes_a_device_when_asked_and_a_failure_at_any_step_leaves_nothing() {
+    let image = "debian".parse().unwrap();
+    let mut failed = 0;
+    for at in 0..32 {
+        let rig = rig(at).await;
+        let result = rig.host.create_device(&vm("web-1"), &image).await;
+        if result.is_err() {
+            failed += 1;
+            until("nothing is left", || {
+                rig.model.found() == Found::default() || kept(&rig)
+            })
+            .await;
+            rig.host.create_device(&vm("web-1"), &image).await.unwrap();
+        }
+        assert_eq!(rig.model.found().devices.len(), 1, "at {at}");
+        // Asked again without, it stays what it is; destroyed, it goes first.
+        rig.host.create(&vm("web-1"), &image).await.unwrap();
+        assert_eq!(rig.model.found().devices.len(), 1);
+        if rig.host.destroy(&vm("web-1"), false).await.is_err() {
+            rig.host.destroy(&vm("web-1"), false).await.unwrap();
+        }
+        assert!(rig.model.found().devices.is_empty() && rig.model.found().deltas.is_empty());
+        rig.end().await;
+        if result.is_ok() {
+            break;
+        }
+    }
+    assert_eq!(failed, 6, "paths, base, export, delta, disk, device");
+    // A disk that is there already, at the one step that is left.
+    let rig = rig(5).await;
+    rig.host.create(&vm("web-2"), &image).await.unwrap();
+    rig.host.create_device(&vm("web-2"), &image).await.unwrap_err();
+    assert!(rig.model.found().devices.is_empty());
+    rig.model.write_disk(&vm("web-2"), 0, &[1; 4096]).unwrap();
+    rig.host.create_device(&vm("web-2"), &image).await.unwrap();
+    assert_eq!(rig.model.found().devices.len(), 1);
     rig.end().await;
 }

@@ -10,7 +10,7 @@
 //! | [`table`] | tables: [`Table`], [`Line`], [`Target`] | no |
 //! | [`status`] | what targets report of themselves: [`Status`] | no |
 //! | `ioctl` | `Mapper`: make, change, remove and ask for devices | yes |
-//! | `loops` | files as block devices | yes |
+//! | [`loops`] | files as block devices | no |
 //! | [`bcache`] | superblocks; `Bcache`: register, attach, stop, tune | for `Bcache` |
 //! | [`group`] | the cache group: ranges, state, pace; `Group` and `Filler` | for these two |
 //!
@@ -28,16 +28,13 @@ mod unit;
 pub mod ioctl;
 #[cfg(feature = "kernel-plane")]
 mod log;
-#[cfg(feature = "kernel-plane")]
 pub mod loops;
-#[cfg(feature = "kernel-plane")]
 mod missing;
 
 #[cfg(feature = "kernel-plane")]
-pub use ioctl::{Mapper, MapperError, Mode, Outcome, Seen};
-#[cfg(feature = "kernel-plane")]
+pub use ioctl::{Mapper, MapperError, Outcome, Seen};
 pub use missing::Missing;
 pub use name::DmDevice;
 pub use status::{Status, StatusLine};
 pub use table::{Line, Table, TableError, Target};
-pub use unit::{DeviceNumber, Sectors};
+pub use unit::{DeviceNumber, Mode, Sectors};

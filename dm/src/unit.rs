@@ -56,3 +56,12 @@ impl FromStr for DeviceNumber {
         })
     }
 }
+
+/// Who may write to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Nobody. What lies below must be opened read-only too, as multipath over write-protected LUNs must.
+    ReadOnly,
+    /// Whoever opens it.
+    ReadWrite,
+}

@@ -35,6 +35,7 @@ pub async fn log_in(agent: &Daemon, image: &str, vm: &str) -> Result<(Session, u
     let request = v1::CreateRequest {
         vm: vm.to_owned(),
         image: Some(newest(image)),
+        device: false,
     };
     let answer = agent.agent().await?.create(request).await?;
     log_in_to(answer.into_inner(), vm).await

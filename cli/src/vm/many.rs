@@ -13,6 +13,7 @@ pub(super) async fn create(
     name: &VmName,
     count: u32,
     image: &ImageRef,
+    device: bool,
     host: Option<HostName>,
     json: JsonFlag,
 ) -> Result<(), Failure> {
@@ -27,7 +28,7 @@ pub(super) async fn create(
     let image = coordinator.image(image).await?.id;
     let agent = agent_for_new(&coordinator, options, host).await?;
     let doing = format!("create {count} VMs on host '{}'", agent.host);
-    let request = v1::CreateManyRequest { vms, image };
+    let request = v1::CreateManyRequest { vms, image, device };
     let answer = agent
         .call(&doing, agent.client.clone().create_many(request))
         .await?;

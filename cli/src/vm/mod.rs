@@ -35,6 +35,9 @@ pub(crate) enum VmVerb {
         /// NAME or NAME@VERSION; without a version the newest
         #[arg(long)]
         image: ImageRef,
+        /// As a block device of the host, /dev/treeboot/NAME, too
+        #[arg(long)]
+        device: bool,
         /// The host; may be left out where only one runs VMs
         #[arg(long)]
         host: Option<HostName>,
@@ -128,18 +131,20 @@ pub(crate) async fn run(options: &Options, verb: VmVerb) -> Result<(), Failure> 
             name,
             count: Some(count),
             image,
+            device,
             host,
             json,
             ..
-        } => many::create(options, &name, count, &image, host, json).await,
+        } => many::create(options, &name, count, &image, device, host, json).await,
         VmVerb::Create {
             name,
             image,
+            device,
             host,
             secret,
             json,
             count: None,
-        } => create(options, &name, &image, host, &secret, json).await,
+        } => create(options, &name, &image, device, host, &secret, json).await,
         VmVerb::Show {
             name,
             host,
@@ -178,6 +183,7 @@ async fn create(
     options: &Options,
     name: &VmName,
     image: &ImageRef,
+    device: bool,
     host: Option<HostName>,
     secret: &SecretFile,
     json: JsonFlag,
@@ -189,6 +195,7 @@ async fn create(
     let request = v1::CreateRequest {
         vm: name.to_string(),
         image,
+        device,
     };
     let answer = agent.call(&doing, agent.client.clone().create(request)).await?;
     let disk = answer.disk.ok_or_else(|| incomplete(&agent.peer, "disk"))?;

@@ -394,13 +394,14 @@ impl Agent for FakeAgent {
         }))
     }
     async fn create_many(&self, request: Request<v1::CreateManyRequest>) -> Answer<v1::CreateManyResponse> {
-        let v1::CreateManyRequest { vms, image } = request.into_inner();
+        let v1::CreateManyRequest { vms, image, .. } = request.into_inner();
         let mut created = Vec::new();
         for vm in vms {
             let image = image.clone();
             let one = Request::new(v1::CreateRequest {
                 vm: vm.clone(),
                 image,
+                device: false,
             });
             let disk = Agent::create(self, one).await?.into_inner().disk;
             created.push(v1::Created {

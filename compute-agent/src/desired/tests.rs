@@ -66,6 +66,7 @@ fn a_base_is_wanted_while_it_is_pinned_or_a_disk_stands_on_it() {
                 bytes: 1 << 20,
             },
             doomed: false,
+            device: false,
             instance: [0; 16],
         },
     });

@@ -19,10 +19,16 @@ impl Host {
         vm: &VmName,
         image: &ImageRef,
         known: Option<(ImageId, Content)>,
+        device: bool,
     ) -> Result<(), HostError> {
         let image = image.clone();
-        self.ask_vm(vm, |reply| VmMsg::Create { image, known, reply })
-            .await
+        self.ask_vm(vm, |reply| VmMsg::Create {
+            image,
+            known,
+            device,
+            reply,
+        })
+        .await
     }
 
     /// Gives many VMs their disks, each as [`create`](Self::create) does; what one lacks keeps no other from its disk. The results
@@ -34,11 +40,12 @@ impl Host {
         &self,
         vms: Vec<VmName>,
         image: &ImageRef,
+        device: bool,
     ) -> Result<Vec<Result<(), HostError>>, HostError> {
         let known = self.resolve(image).await?;
         let creates = vms.into_iter().map(|vm| {
             let (host, known) = (self.clone(), Some(known.clone()));
-            async move { host.create_known(&vm, image, known).await }
+            async move { host.create_known(&vm, image, known, device).await }
         });
         Ok(futures_util::stream::iter(creates)
             .buffered(CREATES_AT_ONCE)

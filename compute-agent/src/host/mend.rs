@@ -64,7 +64,8 @@ impl Host {
         digests.extend(found.bases.keys());
         digests.extend(found.exports.values().map(|export| export.digest));
         // Disks before the bases that they stand on are given up.
-        for vm in found.disks.keys().filter(|vm| !desired.disks.contains_key(*vm)) {
+        let nobodys = found.disks.keys().chain(found.devices.keys());
+        for vm in nobodys.filter(|vm| !desired.disks.contains_key(*vm)) {
             let wanted = self.desired().wanted_disk(vm);
             if let Err(error) = applier.reach(&Scope::Disk(vm.clone()), &wanted).await {
                 note(format!("the disk of VM '{vm}'"), &error);

@@ -428,7 +428,15 @@ impl Host {
     /// # Errors
     /// [`HostError`]; nothing is left of the disk then.
     pub async fn create(&self, vm: &VmName, image: &ImageRef) -> Result<(), HostError> {
-        self.create_known(vm, image, None).await
+        self.create_known(vm, image, None, false).await
+    }
+
+    /// Gives a VM its disk, as a block device of this host, too.
+    ///
+    /// # Errors
+    /// [`HostError`]; nothing is left of the disk then, where it is a new one.
+    pub async fn create_device(&self, vm: &VmName, image: &ImageRef) -> Result<(), HostError> {
+        self.create_known(vm, image, None, true).await
     }
 
     /// Ends a VM and deletes its disk.

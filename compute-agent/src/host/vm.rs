@@ -4,6 +4,8 @@
 //! agent; after a restart the owner finds it again. Waiting for a guest (to be ready, to shut down) goes on beside the
 //! messages, so that a VM that hangs can be stopped at any time.
 
+mod disk;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +17,7 @@ use treeboot_types::{ImageId, ImageRef, Iqn, VmName};
 
 use super::base::{BaseMsg, Hold, Reply};
 use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
-use super::{Host, HostError, Shared, chain, is_running, obstacle_of, reach_error};
+use super::{Host, HostError, Shared, chain, is_running, reach_error};
 use crate::desired::{Change, DiskState, VmState};
 use crate::plane::{DiskPlace, Scope};
 use crate::stack::{Content, LayerChange, WantedDisk};
@@ -29,6 +31,7 @@ pub(super) enum VmMsg {
     Create {
         image: ImageRef,
         known: Option<(ImageId, Content)>,
+        device: bool,
         reply: Reply<()>,
     },
     Destroy {
@@ -166,8 +169,13 @@ impl VmOwner {
     /// Whether the VM's name is free after the message.
     async fn take(&mut self, message: VmMsg) -> bool {
         match message {
-            VmMsg::Create { image, known, reply } => {
-                let result = self.create(&image, known).await;
+            VmMsg::Create {
+                image,
+                known,
+                device,
+                reply,
+            } => {
+                let result = self.create(&image, known, device).await;
                 let failed = result.is_err();
                 let _ = reply.send(result);
                 failed && !self.shared.journal().desired().disks.contains_key(&self.vm)
@@ -193,7 +201,12 @@ impl VmOwner {
         }
     }
 
-    async fn create(&mut self, image: &ImageRef, known: Option<(ImageId, Content)>) -> Result<(), HostError> {
+    async fn create(
+        &mut self,
+        image: &ImageRef,
+        known: Option<(ImageId, Content)>,
+        device: bool,
+    ) -> Result<(), HostError> {
         let desired = self.shared.journal().desired();
         if let Some(there) = desired.disks.get(&self.vm) {
             if there.doomed {
@@ -208,7 +221,7 @@ impl VmOwner {
                         have: there.image.clone(),
                     });
                 }
-                return self.reach_disk().await;
+                return self.have_device(there.clone(), device).await;
             }
         }
         let (image, content) = match known {
@@ -223,6 +236,7 @@ impl VmOwner {
             },
             doomed: false,
             instance: rand::random(),
+            device,
         };
         let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
             image: image.clone(),
@@ -249,21 +263,6 @@ impl VmOwner {
                 },
             }),
         }
-    }
-
-    /// A delta that was there before is not this call's to delete.
-    async fn undo_create(&mut self, cause: &HostError) -> Result<(), HostError> {
-        if matches!(cause, HostError::Reach { source, .. } if obstacle_of(source).is_some()) {
-            let desired = self.shared.journal().desired();
-            let image = desired.disks.get(&self.vm).map(|disk| disk.image.clone());
-            let vm = self.vm.clone();
-            self.shared.journal().commit([Change::DiskGone { vm }]).await?;
-            if let Some(image) = image {
-                self.release(image, false).await;
-            }
-            return Ok(());
-        }
-        self.delete_disk(false).await
     }
 
     pub(super) async fn reach_disk(&mut self) -> Result<(), HostError> {
@@ -364,7 +363,7 @@ impl VmOwner {
             &request.image,
             self.shared.journal().desired().disks.get(&self.vm),
         ) {
-            (Some(image), _) => self.create(image, None).await?,
+            (Some(image), _) => self.create(image, None, false).await?,
             (None, Some(disk)) if !disk.doomed => self.reach_disk().await?,
             (None, _) => {
                 return Err(HostError::Invalid(format!(

@@ -14,6 +14,7 @@ fn disk_change(n: u8) -> Change {
                 bytes: 4096,
             },
             doomed: false,
+            device: false,
             instance: [n; 16],
         },
     }

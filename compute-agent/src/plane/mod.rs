@@ -6,6 +6,7 @@
 pub mod faulty;
 #[cfg(feature = "kernel-plane")]
 pub mod kernel;
+mod links;
 pub mod model;
 pub mod user;
 
@@ -354,6 +355,11 @@ pub trait Plane: Send + Sync + 'static {
         let _ = check;
         let kind = self.kind();
         Box::pin(async move { Err(no_layers(vm, kind)) })
+    }
+
+    /// The stable name of a disk's block device, where it has one.
+    fn device(&self, _vm: &VmName) -> Option<PathBuf> {
+        None
     }
 
     /// What does not work as it was set at the moment, for a person.

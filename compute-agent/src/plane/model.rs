@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use treeboot_types::{Digest, HostName, ImageId, VmName};
 
 use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
-use crate::stack::{Access, Found, FoundDelta, Step, World};
+use crate::stack::{Access, Found, FoundDelta, FoundDevice, Step, World};
 
 const BLOCK: usize = 4096;
 
@@ -39,6 +39,11 @@ impl ModelPlane {
             stores: found.stores.clone(),
             deltas: found.deltas.clone(),
             leftovers: found.leftovers.clone(),
+            devices: found
+                .devices
+                .keys()
+                .map(|vm| (vm.clone(), FoundDevice::Parts))
+                .collect(),
             ..Found::default()
         };
     }
@@ -123,12 +128,15 @@ fn scoped(found: &Found, scope: &Scope) -> Found {
             found.stores.retain(|d| d == digest);
             found.deltas.clear();
             found.disks.clear();
+            found.devices.clear();
             found.leftovers.clear();
         }
         Scope::Disk(vm) => {
             found.deltas.retain(|v, _| v == vm);
             found.disks.retain(|v, _| v == vm);
+            found.devices.retain(|v, _| v == vm);
             found = Found {
+                devices: found.devices,
                 deltas: found.deltas,
                 disks: found.disks,
                 ..Found::default()

@@ -40,20 +40,21 @@ impl Service {
         })?;
         let stats = self.host.plane().disk_stats(vm).unwrap_or_default();
         let (url, device) = match self.host.plane().disk_place(vm)? {
-            DiskPlace::Lun(url) => (url.to_string(), String::new()),
-            DiskPlace::Device(path) => (String::new(), path.display().to_string()),
+            DiskPlace::Lun(url) => (url.to_string(), None),
+            DiskPlace::Device(path) => (String::new(), Some(path)),
         };
+        let device = self.host.plane().device(vm).or(device);
         Ok(v1::Disk {
             vm: vm.to_string(),
             image: Some((&state.image).into()),
             bytes: state.disk.bytes,
-            initiator: match device.is_empty() {
-                true => Iqn::of_vm(vm).to_string(),
-                false => String::new(),
+            initiator: match url.is_empty() {
+                true => String::new(),
+                false => Iqn::of_vm(vm).to_string(),
             },
-            chap: device.is_empty() && self.host.disk_secret(vm).is_some(),
+            chap: !url.is_empty() && self.host.disk_secret(vm).is_some(),
             url,
-            device,
+            device: device.map_or_else(String::new, |path| path.display().to_string()),
             delta_bytes: stats.delta_bytes,
             read_bytes: stats.read_bytes,
             written_bytes: stats.written_bytes,
@@ -228,9 +229,16 @@ impl Agent for Service {
     ) -> Result<Response<v1::CreateResponse>, Status> {
         let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
         self.may_use(&request, &image).await?;
-        let vm = vm_name(&request.into_inner().vm)?;
+        let v1::CreateRequest { vm, device, .. } = request.into_inner();
+        let vm = vm_name(&vm)?;
         let (host, name) = (self.host.clone(), vm.clone());
-        whole(async move { host.create(&name, &image).await }).await?;
+        whole(async move {
+            match device {
+                true => host.create_device(&name, &image).await,
+                false => host.create(&name, &image).await,
+            }
+        })
+        .await?;
         let disk = self.disk(&vm).map_err(status)?;
         let secret = self.secret_of(&vm).filter(|_| disk.chap);
         let disk = Some(disk);
@@ -243,9 +251,10 @@ impl Agent for Service {
     ) -> Result<Response<v1::CreateManyResponse>, Status> {
         let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
         self.may_use(&request, &image).await?;
-        let vms = convert::names_once(&request.into_inner().vms)?;
+        let v1::CreateManyRequest { vms, device, .. } = request.into_inner();
+        let vms = convert::names_once(&vms)?;
         let (host, names) = (self.host.clone(), vms.clone());
-        let results = whole(async move { host.create_many(names, &image).await }).await?;
+        let results = whole(async move { host.create_many(names, &image, device).await }).await?;
         let created = vms
             .iter()
             .zip(results)

@@ -128,6 +128,8 @@ pub struct Wanted {
     pub standing: BTreeSet<Digest>,
     /// Disks, by VM.
     pub disks: BTreeMap<VmName, WantedDisk>,
+    /// Disks that are block devices of the host, too.
+    pub devices: BTreeSet<VmName>,
     /// Disks whose deltas are to be deleted. A delta in neither set is nobody's to delete.
     pub doomed_disks: BTreeSet<VmName>,
     /// Caches without a base that stay for the next time.
@@ -165,6 +167,15 @@ pub enum FoundDelta {
     Unopened,
 }
 
+/// A disk's block device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FoundDevice {
+    /// It works.
+    Whole,
+    /// Some of it is there: it was made by half, or its agent died and its I/O waits for this one.
+    Parts,
+}
+
 /// All that `inspect` saw.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Found {
@@ -182,6 +193,8 @@ pub struct Found {
     pub deltas: BTreeMap<VmName, FoundDelta>,
     /// Disks that are served, and the base each stands on.
     pub disks: BTreeMap<VmName, Digest>,
+    /// Block devices of disks.
+    pub devices: BTreeMap<VmName, FoundDevice>,
     /// What an interrupted step of ours left lying, by the plane's own name for it.
     pub leftovers: BTreeSet<String>,
 }
@@ -219,6 +232,11 @@ pub enum Step {
     Sweep {
         /// The plane's name for it.
         leftover: String,
+    },
+    /// Takes a disk's block device away, whatever there is of it. Refused while somebody holds it.
+    DetachDevice {
+        /// The VM.
+        vm: VmName,
     },
     /// Ends serving a VM's disk; its delta stays.
     StopDisk {
@@ -306,6 +324,11 @@ pub enum Step {
         /// What is to be changed.
         layers: LayerChange,
     },
+    /// Makes a served disk a block device of the host, under its stable name. Where I/O of one waits for its agent, it goes on.
+    AttachDevice {
+        /// The VM.
+        vm: VmName,
+    },
 }
 
 impl Step {
@@ -313,6 +336,7 @@ impl Step {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Sweep { .. } => "sweep",
+            Self::DetachDevice { .. } => "detach_device",
             Self::StopDisk { .. } => "stop_disk",
             Self::DeleteDelta { .. } => "delete_delta",
             Self::Unexport { .. } => "unexport",
@@ -332,6 +356,7 @@ impl Step {
                 LayerChange::Forget { .. } => "delete_snapshot",
                 LayerChange::Tidy => "tidy_layers",
             },
+            Self::AttachDevice { .. } => "attach_device",
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use treeboot_types::{Digest, ImageId, VmName};
 
-use super::{Access, Found, FoundDelta, Step, Wanted, WantedDisk};
+use super::{Access, Found, FoundDelta, FoundDevice, Step, Wanted, WantedDisk};
 use crate::planted::{Bug, planted};
 
 /// What a plan cannot reach, and why; nothing of it was touched.
@@ -137,6 +137,18 @@ impl Planner<'_> {
         steps.extend(found.leftovers.iter().map(|leftover| Step::Sweep {
             leftover: leftover.clone(),
         }));
+        // A device in parts is not taken away where it is wanted: somebody's I/O may wait in it.
+        let goes = |vm: &VmName, device: FoundDevice| {
+            !(wanted.devices.contains(vm) && wanted.disks.contains_key(vm))
+                || device == FoundDevice::Whole && self.disks_down.contains(vm)
+        };
+        steps.extend(
+            found
+                .devices
+                .iter()
+                .filter(|(vm, device)| goes(vm, **device))
+                .map(|(vm, _)| Step::DetachDevice { vm: vm.clone() }),
+        );
         steps.extend(self.disks_down.iter().map(|vm| Step::StopDisk { vm: vm.clone() }));
         for vm in &wanted.doomed_disks {
             if found.deltas.contains_key(vm) && !wanted.disks.contains_key(vm) {
@@ -261,6 +273,10 @@ impl Planner<'_> {
                             vm: vm.clone(),
                             disk: *disk,
                         });
+                    }
+                    let works = self.found.devices.get(vm) == Some(&FoundDevice::Whole) && served;
+                    if self.wanted.devices.contains(vm) && !works {
+                        self.plan.steps.push(Step::AttachDevice { vm: vm.clone() });
                     }
                 }
             }

@@ -78,6 +78,7 @@ prop_compose! {
         doomed in prop::collection::btree_set(0u8..6, 0..3),
         kept in prop::collection::btree_set(0u8..4, 0..2),
         doomed_stores in prop::collection::btree_set(0u8..4, 0..2),
+        device in any::<bool>(),
     ) -> Wanted {
         let bases: BTreeMap<_, _> = bases
             .into_iter()
@@ -102,6 +103,7 @@ prop_compose! {
             .map(|(n, base)| (vm(n), WantedDisk { digest: digest(base), bytes: 1 << 20 }))
             .collect();
         Wanted {
+            devices: disks.keys().filter(|_| device).cloned().collect(),
             standing: BTreeSet::new(),
             doomed_disks: doomed.into_iter().map(vm).filter(|vm| !disks.contains_key(vm)).collect(),
             doomed_stores: doomed_stores.into_iter().map(digest).filter(|d| !bases.contains_key(d)).collect(),
@@ -254,6 +256,7 @@ proptest! {
         run(&mut world, &first);
         let rank = |step: &Step| match step {
             Step::Sweep { .. } => 0,
+            Step::DetachDevice { .. } => 0,
             Step::StopDisk { .. } => 1,
             Step::DeleteDelta { .. } => 2,
             Step::Unexport { .. } => 3,
@@ -261,7 +264,7 @@ proptest! {
             Step::DropPaths { .. } => 5,
             Step::DropCache { .. } | Step::DropStore { .. } => 6,
             Step::SetPaths { .. } | Step::OpenBase { .. } | Step::Export { .. } | Step::SetAccess { .. } => 7,
-            Step::CreateDelta { .. } | Step::ServeDisk { .. } => 8,
+            Step::CreateDelta { .. } | Step::ServeDisk { .. } | Step::AttachDevice { .. } => 8,
             Step::Layers { .. } => unreachable!("layers are changed by a verb, never by a plan"),
         };
         let ranks: Vec<_> = plan(&second, &world.found).steps.iter().map(rank).collect();

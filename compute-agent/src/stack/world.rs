@@ -3,7 +3,7 @@
 
 use treeboot_types::{Digest, ImageId, VmName};
 
-use super::{Backing, Found, FoundBase, FoundDelta, FoundExport, Step};
+use super::{Backing, Found, FoundBase, FoundDelta, FoundDevice, FoundExport, Step};
 
 /// A step that no plane could carry out where it stands: a bug of the planner.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +56,19 @@ impl World {
             Step::Sweep { leftover } => {
                 found.leftovers.remove(leftover);
             }
+            Step::DetachDevice { vm } => {
+                found.devices.remove(vm);
+            }
+            Step::AttachDevice { vm } => {
+                if !found.disks.contains_key(vm) {
+                    return Err(missing(step, vm, &"its disk"));
+                }
+                found.devices.insert(vm.clone(), FoundDevice::Whole);
+            }
             Step::StopDisk { vm } => {
+                if found.devices.get(vm) == Some(&FoundDevice::Whole) {
+                    return Err(in_use(step, vm, &"its device"));
+                }
                 found.disks.remove(vm);
             }
             Step::DeleteDelta { vm } => {

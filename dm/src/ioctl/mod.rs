@@ -17,7 +17,7 @@ use devicemapper::{DM, DevId, DeviceInfo, DmFlags, DmName, DmOptions, DmUuid};
 
 use crate::log::KernelLog;
 use crate::status::StatusLine;
-use crate::{DeviceNumber, DmDevice, Line, Missing, Sectors, Status, Table};
+use crate::{DeviceNumber, DmDevice, Line, Missing, Mode, Sectors, Status, Table};
 pub use error::{MapperError, Refusal};
 use error::{errno, missing_module, refused_late};
 
@@ -30,15 +30,6 @@ const SWAP: DmFlags = DmFlags::DM_NOFLUSH.union(DmFlags::DM_SKIP_LOCKFS);
 /// The kernel's device-mapper.
 pub struct Mapper {
     dm: DM,
-}
-
-/// Who may write to a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// Nobody. What lies below must be opened read-only too, as multipath over write-protected LUNs must.
-    ReadOnly,
-    /// Whoever opens it.
-    ReadWrite,
 }
 
 /// What was done to reach a table.

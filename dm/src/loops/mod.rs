@@ -91,7 +91,15 @@ pub enum LoopError {
 /// # Errors
 /// [`LoopError`].
 pub fn attach(file: &Path, mode: Mode, offset: u64) -> Result<LoopDevice, LoopError> {
-    make(file, mode, offset, Way::Direct)
+    make(file, mode, offset, Way::Direct { block_bytes: 0 })
+}
+
+/// The same for a file whose reads and writes must be whole blocks of `block_bytes`: they are the device's logical blocks.
+///
+/// # Errors
+/// [`LoopError`].
+pub fn attach_in_blocks(file: &Path, mode: Mode, block_bytes: u32) -> Result<LoopDevice, LoopError> {
+    make(file, mode, 0, Way::Direct { block_bytes })
 }
 
 /// Makes a device that reads `device` through the page cache, in logical blocks of `block_bytes`: of several reads of the same bytes that

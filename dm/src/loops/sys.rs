@@ -68,8 +68,8 @@ impl Info {
 /// How a device reads its file.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Way {
-    /// Past the page cache, in blocks of the driver's own choice.
-    Direct,
+    /// Past the page cache; 0 blocks: of the driver's own choice.
+    Direct { block_bytes: u32 },
     /// Through it.
     PageCache { block_bytes: u32 },
 }
@@ -101,8 +101,7 @@ pub(super) fn get_free(control: &File) -> Result<u32> {
 /// Gives the device its file; all settings take effect at once. `BUSY` where it has one.
 pub(super) fn configure(device: &File, backing: &File, settings: &Settings) -> Result<()> {
     let (direct, block_size) = match settings.way {
-        // 0 is the driver's own choice.
-        Way::Direct => (DIRECT_IO, 0),
+        Way::Direct { block_bytes } => (DIRECT_IO, block_bytes),
         Way::PageCache { block_bytes } => (0, block_bytes),
     };
     let mut info = Info {

@@ -457,6 +457,7 @@ impl Host {
                     bytes: CONTENT.bytes,
                 },
                 doomed: false,
+                device: false,
                 instance: [1; 16],
             },
         }

@@ -243,6 +243,7 @@ async fn create(daemon: &Daemon, vm: &str) -> Result<VmDisk> {
     let request = v1::CreateRequest {
         vm: vm.into(),
         image: Some(newest(IMAGE)),
+        device: false,
     };
     let answer = daemon.agent().await?.create(request).await?.into_inner();
     let disk = answer.disk.context("a disk")?;

@@ -6,14 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use treeboot_dm::{DmDevice, Seen, loops};
+use treeboot_dm::{DmDevice, Mapper, Seen, loops};
 use treeboot_types::{Digest, Iqn, VmName};
 
 use super::record::{BaseRecord, DeltaFiles, Record, SessionKey, names};
 use super::sys::{Sys, loop_error, mapper_error, record_error};
 use super::{base, cached, disks, exports, feed, links};
-use crate::plane::{PlaneError, Scope};
-use crate::stack::{Backing, Found, FoundBase, FoundDelta};
+use crate::plane::{PlaneError, Scope, links as stable};
+use crate::stack::{Backing, Found, FoundBase, FoundDelta, FoundDevice};
 use crate::store::Manifest;
 
 /// A half-built or half-removed base and its paths.
@@ -179,6 +179,27 @@ fn look_at_files(sys: &Sys, scope: &Scope, found: &mut Found) -> std::io::Result
     Ok(())
 }
 
+/// Stable names that lead to disks of ours.
+fn look_at_names(scope: &Scope, kernel: &Kernel, found: &mut Found) {
+    let named = match scope {
+        Scope::Disk(vm) => stable::target(vm)
+            .map(|to| (vm.clone(), to))
+            .into_iter()
+            .collect(),
+        _ => stable::all(),
+    };
+    for (vm, to) in named {
+        let device = DmDevice::Disk(vm.clone());
+        if to == Mapper::path(&device) {
+            let state = match kernel.mapped(&device) {
+                true => FoundDevice::Whole,
+                false => FoundDevice::Parts,
+            };
+            found.devices.insert(vm, state);
+        }
+    }
+}
+
 fn look_at_disks(sys: &Sys, scope: &Scope, kernel: &Kernel, found: &mut Found) -> Result<(), PlaneError> {
     let served: BTreeMap<&VmName, &Seen> = kernel
         .devices
@@ -196,6 +217,7 @@ fn look_at_disks(sys: &Sys, scope: &Scope, kernel: &Kernel, found: &mut Found) -
             vms
         }
     };
+    look_at_names(scope, kernel, found);
     for vm in vms {
         let files = sys.deltas.look(&vm).map_err(record_error)?;
         let device = served.get(&vm);

@@ -40,6 +40,7 @@ use treeboot_dm::{DmDevice, Mapper};
 use treeboot_iscsi::open_iscsi::OpenIscsi;
 use treeboot_types::{Digest, HostName, Iqn, VERITY_BLOCK_BYTES, VmName};
 
+use super::links as stable;
 use super::{
     Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
     Scope, Trouble,
@@ -410,6 +411,11 @@ impl Plane for KernelPlane {
 
     fn disk_place(&self, vm: &VmName) -> Result<DiskPlace, PlaneError> {
         Ok(DiskPlace::Device(Mapper::path(&DmDevice::Disk(vm.clone()))))
+    }
+
+    fn device(&self, vm: &VmName) -> Option<PathBuf> {
+        let device = Mapper::path(&DmDevice::Disk(vm.clone()));
+        (stable::target(vm)? == device).then(|| stable::path(vm))
     }
 
     fn troubles(&self) -> Vec<Trouble> {

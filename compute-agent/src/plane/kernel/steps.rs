@@ -5,14 +5,14 @@
 
 use std::sync::Arc;
 
-use treeboot_dm::DmDevice;
+use treeboot_dm::{DmDevice, Mapper};
 use treeboot_types::{Digest, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
 
 use super::feed::Feed;
 use super::record::{BaseRecord, DeltaFiles};
 use super::sys::{mapper_error, record_error, within};
 use super::{KernelPlane, base, disks, exports, hashes, look, record};
-use crate::plane::{PlaneError, PlaneKind, Scope, no_layers};
+use crate::plane::{PlaneError, PlaneKind, Scope, links as stable, no_layers};
 use crate::stack::{Access, Backing, Content, Sources, Step, Violation, WantedDisk};
 
 impl KernelPlane {
@@ -380,6 +380,11 @@ impl KernelPlane {
                 let (sys, leftover) = (Arc::clone(&self.sys), leftover.clone());
                 within("sweeping", move || look::sweep(&sys, &leftover)).await
             }
+            Step::DetachDevice { vm } => {
+                let device = Mapper::path(&DmDevice::Disk(vm.clone()));
+                stable::remove(vm, Some(&device))
+            }
+            Step::AttachDevice { vm } => stable::set(vm, &Mapper::path(&DmDevice::Disk(vm.clone()))),
             Step::StopDisk { vm } => self.stop_disk(vm).await,
             Step::DeleteDelta { vm } => self.delete_delta(step, vm).await,
             Step::Unexport { image } => self.unexport(image).await,

@@ -1,6 +1,6 @@
 //! What the user plane finds: in its own memory, and on the disk.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use treeboot_block::layers::{DELTA_SUFFIX, MANIFEST_SUFFIX, owner_of};
@@ -21,7 +21,8 @@ impl UserPlane {
             deltas: self.settings.deltas.clone(),
             scope: scope.clone(),
         };
-        let (caches, stores, deltas) = blocking(move || {
+        let devices = self.devices.look();
+        let (caches, stores, deltas, devices) = blocking(move || {
             let io = |what: &str| {
                 let what = format!("looking at {what}");
                 move |error| PlaneError::io(what, error)
@@ -29,11 +30,18 @@ impl UserPlane {
             let caches = look.caches().map_err(io("the caches"))?;
             let stores = look.stores().map_err(io("the store"))?;
             let deltas = look.deltas().map_err(io("the deltas"))?;
-            Ok((caches, stores, deltas))
+            let devices = match &look.scope {
+                Scope::All => devices(None),
+                Scope::Disk(vm) => devices(Some(vm)),
+                Scope::Base(_) => Ok(BTreeMap::new()),
+            };
+            let devices = devices.map_err(io("the devices"))?;
+            Ok((caches, stores, deltas, devices))
         })
         .await?;
         found.caches = caches;
         found.stores = stores;
+        found.devices = devices;
         let state = self.state.lock();
         for vm in deltas {
             // The head of a delta is checked where it is opened.

@@ -4,6 +4,7 @@
 //! host's one portal. What lies on the disk: `CACHE/<digest>/`, `STORE/<digest>/` and `STATE/deltas/<vm>.delta`. The rest
 //! lives in this process and is made again by the plan after a restart.
 
+mod device;
 mod disks;
 mod exports;
 mod files;
@@ -33,6 +34,7 @@ use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTE
 use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
 use crate::keys::Keys;
 use crate::stack::{Backing, Content, Found, FoundExport, Sources, Step, Violation, WantedDisk};
+use device::Devices;
 use files::{blocking, gone, open_cache, remove_dir};
 use source::StripedSource;
 #[cfg(feature = "kernel-plane")]
@@ -52,6 +54,8 @@ const MAX_STRIPES: u32 = 16;
 pub struct UserSettings {
     /// This host: the name under which it logs in to its parents.
     pub host: HostName,
+    /// Where devices are mounted and the holder is found.
+    pub state: PathBuf,
     /// Deltas.
     pub deltas: PathBuf,
     /// Caches.
@@ -92,6 +96,7 @@ pub struct UserPlane {
     boot: BootId,
     portal: String,
     server: Server,
+    devices: Devices,
     state: Mutex<State>,
 }
 
@@ -152,6 +157,7 @@ impl UserPlane {
             (_, bound) => bound.map(ToString::to_string).unwrap_or_default(),
         };
         Ok(Self {
+            devices: Devices::new(&settings.state),
             settings,
             boot,
             portal,
@@ -322,6 +328,12 @@ impl UserPlane {
         Ok(())
     }
 
+    async fn attach_device(&self, step: &Step, vm: &VmName) -> Result<(), PlaneError> {
+        let open = self.state.lock().disks.get(vm).cloned();
+        let open = open.ok_or_else(|| missing(step, vm, "its disk"))?;
+        self.devices.attach(vm, open.layers).await
+    }
+
     async fn stop_disk(&self, vm: &VmName) {
         self.server.remove_target(&Iqn::of_disk(vm), DRAIN).await;
         let open = self.state.lock().disks.get(vm).cloned();
@@ -367,6 +379,8 @@ impl UserPlane {
         match step {
             // Nothing here is made in two parts.
             Step::Sweep { .. } => Ok(()),
+            Step::DetachDevice { vm } => self.devices.detach(vm).await,
+            Step::AttachDevice { vm } => self.attach_device(step, vm).await,
             Step::StopDisk { vm } => {
                 self.stop_disk(vm).await;
                 Ok(())
@@ -523,6 +537,10 @@ impl Plane for UserPlane {
         Box::pin(async { Ok(()) })
     }
 
+    fn device(&self, vm: &VmName) -> Option<PathBuf> {
+        self.devices.path(vm)
+    }
+
     fn take_faults(&self) -> Vec<ParentFault> {
         let sources: Vec<_> = self.state.lock().paths.values().cloned().collect();
         let now = tokio::time::Instant::now();
@@ -538,6 +556,7 @@ impl Plane for UserPlane {
 
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async move {
+            self.devices.close().await;
             // Front ends are not asked to log out: they are to come back to the next agent, not to give up.
             self.server.shutdown(Duration::ZERO).await;
             let state = std::mem::take(&mut *self.state.lock());

@@ -106,6 +106,7 @@ fn sources(active: PathTo, fallback: Option<PathTo>) -> Sources {
 fn plane(dir: &Path) -> Arc<UserPlane> {
     let settings = UserSettings {
         host: HostName::new("under-test").unwrap(),
+        state: dir.to_owned(),
         deltas: dir.join("deltas"),
         cache: dir.join("cache"),
         store: None,

@@ -109,6 +109,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
     let request = v1::CreateRequest {
         vm: "bench".into(),
         image: Some(newest(IMAGE)),
+        device: false,
     };
     let disk = cluster.hosts[0]
         .agent()

@@ -140,6 +140,7 @@ async fn many(host: &Daemon, round: u32, disks: u32) -> Result<Round> {
     let request = v1::CreateManyRequest {
         vms: vms.clone(),
         image: Some(newest(IMAGE)),
+        device: false,
     };
     let mut agent = host.agent().await?;
     let began = Instant::now();
@@ -180,6 +181,7 @@ async fn single(host: &Daemon, count: u32) -> Result<Vec<(Duration, Duration)>> 
         let request = v1::CreateRequest {
             vm: vm.clone(),
             image: Some(newest(IMAGE)),
+            device: false,
         };
         let answer = agent.create(request).await?.into_inner();
         let created = began.elapsed();

@@ -1,0 +1,119 @@
+//! The agent's side: starts the holder where none runs, gives it descriptors and takes them back. All of it blocks for milliseconds.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::readable;
+use super::wire::{self, Word};
+
+/// How long a holder may take to start.
+const STARTS_WITHIN: Duration = Duration::from_secs(5);
+/// The pause between two looks at that.
+const PAUSE: Duration = Duration::from_millis(5);
+/// How long it may take to answer.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+
+/// The holder of one state directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Holder {
+    state: PathBuf,
+    /// This program: `program holder DIR` is the holder.
+    program: PathBuf,
+}
+
+impl Holder {
+    pub(crate) fn new(state: &Path) -> Self {
+        Self {
+            state: state.to_owned(),
+            // Also where the file was replaced by a newer one meanwhile.
+            program: "/proc/self/exe".into(),
+        }
+    }
+
+    /// What is held; nothing where no holder runs.
+    pub(crate) fn held(&self) -> io::Result<BTreeMap<String, OwnedFd>> {
+        let mut held = BTreeMap::new();
+        let Ok(socket) = wire::connect(&self.state) else {
+            return Ok(held);
+        };
+        wire::send(&socket, &Word::List, None)?;
+        while let (Word::Put(name), Some(fd)) = answer(&socket)? {
+            held.insert(name, fd);
+        }
+        Ok(held)
+    }
+
+    /// Has `fd` held, by a holder that is started where none runs.
+    pub(crate) fn put(&self, name: &str, fd: &OwnedFd) -> io::Result<()> {
+        let socket = match wire::connect(&self.state) {
+            Ok(socket) => socket,
+            Err(_) => self.start()?,
+        };
+        wire::send(&socket, &Word::Put(name.to_owned()), Some(fd))?;
+        done(answer(&socket)?)
+    }
+
+    /// Has it let go.
+    pub(crate) fn drop_one(&self, name: &str) -> io::Result<()> {
+        let Ok(socket) = wire::connect(&self.state) else {
+            return Ok(());
+        };
+        wire::send(&socket, &Word::Drop(name.to_owned()), None)?;
+        done(answer(&socket)?)
+    }
+
+    fn start(&self) -> io::Result<OwnedFd> {
+        let mut child = Command::new(&self.program)
+            .arg(super::HOLDER)
+            .arg(&self.state)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            // Signals to the agent's group are not the holder's.
+            .process_group(0)
+            .spawn()?;
+        let began = Instant::now();
+        loop {
+            match wire::connect(&self.state) {
+                Ok(socket) => {
+                    // Whoever is its parent has to see it end.
+                    std::thread::Builder::new()
+                        .name("holder's end".into())
+                        .spawn(move || child.wait())?;
+                    return Ok(socket);
+                }
+                Err(error) if began.elapsed() > STARTS_WITHIN => return Err(error),
+                Err(_) => pause(),
+            }
+            if let Some(status) = child.try_wait()? {
+                return Err(io::Error::other(format!("the holder ended with {status}")));
+            }
+        }
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "between two looks at a condition with a deadline; a process that starts tells nobody"
+)]
+fn pause() {
+    std::thread::sleep(PAUSE);
+}
+
+fn answer(socket: &OwnedFd) -> io::Result<(Word, Option<OwnedFd>)> {
+    if !readable(socket, Some(ANSWERS_WITHIN))? {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    wire::receive(socket)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+fn done((word, _): (Word, Option<OwnedFd>)) -> io::Result<()> {
+    match word {
+        Word::Done => Ok(()),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}

@@ -1,0 +1,43 @@
+//! Parts of `create`: a disk that is there becomes a device, and what failed is undone.
+
+use super::VmOwner;
+use crate::desired::{Change, DiskState};
+use crate::host::{HostError, chain, obstacle_of};
+
+impl VmOwner {
+    /// The disk is there; asked for, it becomes a device, too. One that is a device stays one.
+    pub(super) async fn have_device(&mut self, there: DiskState, device: bool) -> Result<(), HostError> {
+        let new = device && !there.device;
+        if new {
+            self.note_device(&there, true).await?;
+        }
+        let reached = self.reach_disk().await;
+        if let (Err(cause), true) = (&reached, new) {
+            tracing::warn!(vm = %self.vm, error = %chain(cause), "the disk does not become a device");
+            self.note_device(&there, false).await?;
+            self.reach_disk().await?;
+        }
+        reached
+    }
+
+    async fn note_device(&mut self, there: &DiskState, device: bool) -> Result<(), HostError> {
+        let (vm, there) = (self.vm.clone(), there.clone());
+        let disk = DiskState { device, ..there };
+        Ok(self.shared.journal().commit([Change::Disk { vm, disk }]).await?)
+    }
+
+    /// A delta that was there before is not this call's to delete.
+    pub(super) async fn undo_create(&mut self, cause: &HostError) -> Result<(), HostError> {
+        if matches!(cause, HostError::Reach { source, .. } if obstacle_of(source).is_some()) {
+            let desired = self.shared.journal().desired();
+            let image = desired.disks.get(&self.vm).map(|disk| disk.image.clone());
+            let vm = self.vm.clone();
+            self.shared.journal().commit([Change::DiskGone { vm }]).await?;
+            if let Some(image) = image {
+                self.release(image, false).await;
+            }
+            return Ok(());
+        }
+        self.delete_disk(false).await
+    }
+}
