@@ -53,6 +53,8 @@ struct World {
     /// After a power cut: what was durable last, or anything since.
     cut: Vec<BTreeSet<u64>>,
     kept: BTreeMap<SnapshotName, Vec<u64>>,
+    /// A transfer holds a layer.
+    held: bool,
 }
 
 impl World {
@@ -62,6 +64,7 @@ impl World {
             cut: now.iter().map(|tag| BTreeSet::from([*tag])).collect(),
             now,
             kept: BTreeMap::new(),
+            held: false,
         }
     }
 
@@ -81,7 +84,13 @@ impl World {
         match step {
             Step::Write { block, blocks } => self.fill(*block, *blocks, tag),
             Step::Discard { block, blocks } => self.fill(*block, *blocks, 0),
-            Step::Flush | Step::Hold => self.settle(),
+            Step::Flush => self.settle(),
+            // What is held stays what it is, and nothing is flushed for it a second time.
+            Step::Hold if self.held => {}
+            Step::Hold => {
+                self.settle();
+                self.held = true;
+            }
             Step::Snapshot(n) => {
                 self.kept.entry(name(n)).or_insert_with(|| self.now.clone());
                 self.settle();
@@ -93,17 +102,18 @@ impl World {
             Step::Forget(n) => {
                 self.kept.remove(&name(n));
             }
-            Step::Release | Step::Tidy => {}
+            Step::Release => self.held = false,
+            Step::Tidy => {}
         }
     }
 }
 
 /// Whether the step could be asked for.
-fn fits(world: &World, held: bool, step: &Step) -> bool {
+fn fits(world: &World, step: &Step) -> bool {
     let has = |n: &u8| world.kept.contains_key(&name(&format!("s{n}")));
     match step {
         Step::Snapshot(n) => !has(n),
-        Step::RollBack(n) => has(n) && !held,
+        Step::RollBack(n) => has(n) && !world.held,
         Step::Forget(n) => has(n),
         _ => true,
     }
@@ -195,18 +205,13 @@ async fn goes_on(folder: &Arc<ModelFolder>, disk: LayeredDisk, what: &str) {
 
 async fn dies_everywhere(steps: &[Step], seed: u64) {
     // Those that can be asked for, and how many operations all of them take.
-    let (mut world, mut held, mut asked) = (World::new(), false, vec![]);
+    let (mut world, mut asked) = (World::new(), vec![]);
     let rehearsal = folder();
     let disk = open(&rehearsal, BOOT);
     for (step, tag) in steps.iter().zip(1..) {
-        if fits(&world, held, step) {
+        if fits(&world, step) {
             take(&disk, step, tag).await.unwrap();
             world.apply(step, tag);
-            held = match step {
-                Step::Hold => true,
-                Step::Release => false,
-                _ => held,
-            };
             asked.push((step.clone(), tag));
         }
     }
@@ -266,4 +271,22 @@ fn a_life_with_a_merge_into_a_snapshot_dies_everywhere() {
         Step::Tidy,
     ];
     block_on(dies_everywhere(&steps, 11));
+}
+
+#[test]
+fn a_hold_that_is_held_flushes_nothing_and_loses_nothing() {
+    let write = || Step::Write { block: 0, blocks: 1 };
+    let steps = [
+        Step::Hold,
+        write(),
+        Step::Hold,
+        Step::Snapshot(0),
+        write(),
+        Step::Hold,
+        Step::Release,
+        Step::Tidy,
+    ];
+    for seed in 0..8 {
+        block_on(dies_everywhere(&steps, seed));
+    }
 }
