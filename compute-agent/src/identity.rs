@@ -158,13 +158,18 @@ pub async fn open(
                 });
             }
             match token {
-                _ if unix_now() < certified.until => kept,
+                _ if certified.holds(unix_now()) => kept,
                 Some(token) => join(&token, host, coordinator).await?,
                 // Its VMs read from here, so it serves; the coordinator will say no.
                 None => {
                     tracing::error!(
-                        "the certificate of host '{host}' has expired, so its coordinator will not hear it; make a token with \
-                         'treeboot-coordinator token create --host {host}' and start the agent with --join-token"
+                        "the certificate of host '{host}' {}, so its coordinator will not hear it; make a token with \
+                         'treeboot-coordinator token create --host {host}' and start the agent with --join-token",
+                        if unix_now() < certified.from {
+                            "begins in the future by this machine's clock"
+                        } else {
+                            "has expired"
+                        }
                     );
                     kept
                 }
@@ -271,11 +276,14 @@ impl Identity {
                 left => left,
             };
             let pause = Duration::from_secs(pause.clamp(RENEW_PAUSE.0, RENEW_PAUSE.1));
-            if now >= due {
+            if certified.is_due(now) {
                 match self.renew(&dialer, &endpoint).await {
                     Ok(()) => {
                         tracing::info!(host = %self.host, "the host's certificate was renewed");
-                        continue;
+                        // Where two clocks differ by hours the next one is due at once, too.
+                        if !self.holder.current().certified().is_due(unix_now()) {
+                            continue;
+                        }
                     }
                     Err(why) => tracing::warn!(
                         host = %self.host, reason = %why, left_seconds = certified.until.saturating_sub(now),

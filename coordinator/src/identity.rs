@@ -361,7 +361,7 @@ impl Security {
                     _ = stop.wait_for(|stop| *stop) => return,
                     () = tokio::time::sleep(LOOK) => {}
                 }
-                if unix_now() < own.current().certified().renew_at() {
+                if !own.current().certified().is_due(unix_now()) {
                     continue;
                 }
                 match desk.authority.issue(&Who::Coordinator, OWN_LIFE) {

@@ -7,7 +7,7 @@ use treeboot_types::HostName;
 
 use crate::authority::Authority;
 use crate::gate::{Need, need};
-use crate::token::{Gatebook, JoinToken, bearer, who_bears};
+use crate::token::{Gatebook, JoinToken, TokenError, bearer, who_bears};
 use crate::{Certified, Credentials, NewKey, Person, Role, Who, unix_now};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -41,6 +41,62 @@ fn a_certificate_says_who_and_until_when_also_after_its_authority_was_read_again
         Authority::create(dir.path(), &[]).is_err(),
         "a second one over the first"
     );
+}
+
+/// A clock that was ahead when a certificate was made, and was set right: it would not hold for as long as the clock was ahead.
+#[test]
+fn a_certificate_of_a_clock_that_was_ahead_is_due_when_the_clock_is_set_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::create(dir.path(), &[]).unwrap();
+    let certified = authority
+        .issue(&Who::Coordinator, DAY)
+        .unwrap()
+        .certified()
+        .clone();
+    let now = unix_now();
+    assert!(certified.holds(now) && !certified.is_due(now));
+    let (year, late) = (365 * 86_400, certified.renew_at());
+    assert!(
+        !certified.holds(now - year) && certified.is_due(now - year),
+        "set back"
+    );
+    assert!(
+        certified.holds(late) && certified.is_due(late),
+        "two thirds are over"
+    );
+    assert!(
+        !certified.holds(now + year) && certified.is_due(now + year),
+        "set ahead"
+    );
+}
+
+/// A token's end is a time of day: it ends early by a clock that is set ahead, holds again when that is set back, and is used up all the same.
+#[test]
+fn a_token_that_was_used_up_stays_so_whatever_the_clock_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::create(dir.path(), &[]).unwrap();
+    let gatebook = Gatebook::new(&authority);
+    let name = HostName::new("h1").unwrap();
+    let token = gatebook.create(None, 1, DAY).unwrap();
+    let kept = dir.path().join("tokens");
+    let file = std::fs::read_dir(&kept).unwrap().next().unwrap().unwrap().path();
+    // What a jump of the clock is to a token: its end lies that much nearer, or farther.
+    let shift = |seconds: i64| {
+        let text = std::fs::read(&file).unwrap();
+        let mut entry: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let until = entry["until_unix"].as_u64().unwrap();
+        entry["until_unix"] = until.saturating_add_signed(seconds).into();
+        std::fs::write(&file, entry.to_string()).unwrap();
+    };
+    let key = NewKey::generate().unwrap();
+    let enroll = |key: &NewKey| gatebook.enroll(&token, &name, &key.request().unwrap(), DAY);
+    shift(-2 * 86_400);
+    assert!(matches!(enroll(&key), Err(TokenError::Expired { .. })));
+    shift(2 * 86_400);
+    enroll(&key).unwrap();
+    shift(365 * 86_400);
+    let another = NewKey::generate().unwrap();
+    assert!(matches!(enroll(&another), Err(TokenError::Used { .. })));
 }
 
 #[test]

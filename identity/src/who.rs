@@ -173,4 +173,16 @@ impl Certified {
     pub fn renew_at(&self) -> u64 {
         self.from + self.until.saturating_sub(self.from) / 3 * 2
     }
+
+    /// Whether it holds at a time, in seconds since 1970.
+    #[must_use]
+    pub fn holds(&self, now: u64) -> bool {
+        (self.from..self.until).contains(&now)
+    }
+
+    /// Whether its holder should have the next one by now: it is time, or a clock that was ahead was set back to before it begins.
+    #[must_use]
+    pub fn is_due(&self, now: u64) -> bool {
+        now < self.from || now >= self.renew_at()
+    }
 }

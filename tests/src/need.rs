@@ -1,6 +1,6 @@
 //! What a test needs of the machine. It fails in CI and says `SKIPPED: reason` on a laptop; it is never silently green.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Something that not every machine has.
 #[derive(Debug, Clone, Copy)]
@@ -9,6 +9,16 @@ pub enum Need {
     Root,
     /// A program on the PATH, and the Debian package that brings it.
     Program(&'static str, &'static str),
+    /// A file below a folder of `/usr/lib`, such as this architecture's, and the Debian package that brings it.
+    Library(&'static str, &'static str),
+}
+
+/// Where [`Need::Library`] finds a file.
+#[must_use]
+pub fn library(name: &str) -> Option<PathBuf> {
+    let folders = std::fs::read_dir("/usr/lib").ok()?;
+    let mut paths = folders.flatten().map(|folder| folder.path().join(name));
+    paths.find(|path| path.is_file())
 }
 
 impl Need {
@@ -26,6 +36,9 @@ impl Need {
                     .any(|folder| folder.join(program).is_file());
                 (!found).then(|| format!("no {program} (apt-get install {package})"))
             }
+            Self::Library(name, package) => library(name)
+                .is_none()
+                .then(|| format!("no {name} (apt-get install {package})")),
         }
     }
 }

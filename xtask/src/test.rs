@@ -22,6 +22,7 @@ const PACKAGES: &[&str] = &[
     "kmod",
     "libclang-dev",
     "libdevmapper-dev",
+    "libfaketime",
     "libiscsi-bin",
     "open-iscsi",
     "pkg-config",

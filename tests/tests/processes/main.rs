@@ -6,6 +6,7 @@ mod attach;
 mod bad_input;
 mod boot;
 mod bytes;
+mod clock;
 mod config;
 mod faults;
 mod harness;
