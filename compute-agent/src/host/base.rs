@@ -428,7 +428,15 @@ impl BaseOwner {
         if let Some(old) = desired.images.get(image).and_then(|state| state.place.clone()) {
             self.shared.board.acts_on(image, old);
         }
-        if let Err(error) = self.shared.journal().learn(change).await {
+        // In one stripe a host that acts on an old place reads from nobody below it. In several it may, so the coordinator keeps such
+        // hosts apart until they say that they act on the new place; a loss of power must not take that word back.
+        let journal = self.shared.journal();
+        let written = if placement.stripes.len() > 1 {
+            journal.commit([change]).await
+        } else {
+            journal.learn(change).await
+        };
+        if let Err(error) = written {
             tracing::error!(%image, %error, "the new place is not taken");
             return;
         }

@@ -182,7 +182,7 @@ impl Journal {
             .await
     }
 
-    /// Changes what is desired by what somebody else will say again (the coordinator, of a place): it survives the
+    /// Changes what is desired by what somebody else will say again (the coordinator, of a place in one stripe): it survives the
     /// agent's death, and a power cut may take it.
     ///
     /// # Errors

@@ -4,6 +4,8 @@
 //! only, so another one may have to change its home. All of this finds nothing to do where every vertex has slots in every
 //! stripe.
 
+use std::collections::BTreeMap;
+
 use treeboot_types::{HostName, StripeIndex};
 
 use crate::planted::{Bug, planted};
@@ -12,6 +14,9 @@ use super::layer::Node;
 use super::place::{Around, At};
 use super::scope::Scope;
 use super::{Grove, Role};
+
+/// For each stripe, the shares that its layer must be able to spare.
+type Needs = BTreeMap<usize, i64>;
 
 impl Around<'_> {
     /// In how many stripes of an image a host stands: all, or the first alone where it cannot read them apart. It then
@@ -68,41 +73,41 @@ impl Around<'_> {
         stripes: &[usize],
     ) {
         let share = i64::from(self.settings.active_parents);
-        let others = || stripes.iter().filter(|stripe| **stripe != usize::from(home.0));
-        for &stripe in others() {
-            self.provide(grove, At { stripe, scope }, share, comer);
+        let others = stripes.iter().filter(|stripe| **stripe != usize::from(home.0));
+        let needs = others.map(|stripe| (*stripe, share)).collect();
+        self.make_room(grove, scope, comer, &needs);
+    }
+
+    /// In several stripes at once: what one of them needs is not taken from it for another.
+    fn make_room(&self, grove: &mut Grove, scope: &Scope, not: &Node, needs: &Needs) {
+        for &stripe in needs.keys() {
+            self.provide(grove, At { stripe, scope }, needs, not);
         }
-        for &stripe in others() {
-            self.lend(grove, At { stripe, scope }, share, comer);
+        for (&stripe, &shares) in needs {
+            self.lend(grove, At { stripe, scope }, shares, not);
         }
     }
 
     /// Before a member goes from some stripes: where there would be too few shares without it, others make it their home.
     pub(super) fn make_up_for(&self, grove: &mut Grove, scope: &Scope, leaver: &Node, stripes: &[usize]) {
         let share = i64::from(self.settings.active_parents);
-        let offers = |grove: &Grove, at: At<'_>| {
+        let offers = |grove: &Grove, at: At<'_>| -> Option<i64> {
             let offered = grove.at(at).and_then(|tree| tree.get(leaver));
             offered.map(|vertex| i64::from(vertex.capacity) - share)
         };
-        for &stripe in stripes {
-            let at = At { stripe, scope };
-            if let Some(shares) = offers(grove, at) {
-                self.provide(grove, at, shares, leaver);
-            }
-        }
-        for &stripe in stripes {
-            let at = At { stripe, scope };
-            if let Some(shares) = offers(grove, at) {
-                self.lend(grove, at, shares, leaver);
-            }
-        }
+        let needs = stripes
+            .iter()
+            .filter_map(|&stripe| Some((stripe, offers(grove, At { stripe, scope })?)))
+            .collect();
+        self.make_room(grove, scope, leaver, &needs);
     }
 
-    /// Has members other than `not` change their home until a layer can spare so many shares.
-    fn provide(&self, grove: &mut Grove, at: At<'_>, shares: i64, not: &Node) {
+    /// Has members other than `not` change their home until a layer can spare the shares that are needed of it.
+    fn provide(&self, grove: &mut Grove, at: At<'_>, needs: &Needs, not: &Node) {
+        let shares = needs.get(&at.stripe).copied().unwrap_or(0);
         // Each turn gains a slot or is the last.
         for _ in 0..grove.places.len() {
-            if self.spare(grove, at) >= shares || !self.change_home(grove, at, not) {
+            if self.spare(grove, at) >= shares || !self.change_home(grove, at, needs, not) {
                 return;
             }
         }
@@ -128,12 +133,19 @@ impl Around<'_> {
 
     /// One member that is inner elsewhere, where there is more than enough, and its home: one without children if there is one,
     /// so that nobody moves.
-    fn who_changes<'a>(&self, grove: &'a Grove, at: At<'_>, not: &Node) -> Option<(usize, &'a Node)> {
+    fn who_changes<'a>(
+        &self,
+        grove: &'a Grove,
+        at: At<'_>,
+        needs: &Needs,
+        not: &Node,
+    ) -> Option<(usize, &'a Node)> {
         let all = grove.stripes.len();
         let others = (0..all).filter(|stripe| *stripe != at.stripe);
         let candidates = others.filter_map(|donor| {
             let from = At { stripe: donor, ..at };
-            let (tree, spare) = (grove.at(from)?, self.spare(grove, from));
+            let needed = needs.get(&donor).copied().unwrap_or(0).max(0);
+            let (tree, spare) = (grove.at(from)?, self.spare(grove, from) - needed);
             // Nobody can be missed where there is nothing to spare, and then nobody need be asked.
             (spare > 0).then_some((donor, tree, spare))
         });
@@ -160,8 +172,8 @@ impl Around<'_> {
     }
 
     /// A member makes a stripe its home; false where nobody can.
-    fn change_home(&self, grove: &mut Grove, at: At<'_>, not: &Node) -> bool {
-        let Some((donor, member)) = self.who_changes(grove, at, not) else {
+    fn change_home(&self, grove: &mut Grove, at: At<'_>, needs: &Needs, not: &Node) -> bool {
+        let Some((donor, member)) = self.who_changes(grove, at, needs, not) else {
             return false;
         };
         let (member, from) = (member.clone(), At { stripe: donor, ..at });

@@ -502,8 +502,11 @@ impl Host {
         };
         let old = self.place().cloned();
         self.acting = self.acting.take().or(old);
-        // Learned, not committed: a loss of power may take it.
         self.desired.fold(*change);
+        // In one stripe it is learned, not committed: a loss of power may take it.
+        if placement.stripes.len() > 1 {
+            self.synced = self.desired.clone();
+        }
         self.reach(false);
         if !rejoined && std::mem::take(&mut self.unregistered) {
             self.settle(0, asks);

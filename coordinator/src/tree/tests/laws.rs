@@ -240,6 +240,35 @@ proptest! {
         check_in_racks(&mut world, racks, zones, &ops).map_err(TestCaseError::fail)?;
     }
 
+    /// Hosts that cannot read stripes apart, and hosts of weight 2, in racks: whoever comes finds a place.
+    #[test]
+    fn everybody_finds_a_place_in_racks_of_unequal_hosts(
+        stripes in 2u16..4,
+        active_parents in 1u32..3,
+        racks in 1usize..7,
+        zones in 0usize..3,
+        odd in proptest::collection::vec((0usize..4, 0usize..4), HOSTS),
+        ops in proptest::collection::vec(op(), 1..60),
+    ) {
+        let mut world = World::striped(stripes, active_parents);
+        for (at, op) in ops.iter().enumerate() {
+            if let Op::Join(n) = op && !world.agents.contains_key(&host(*n)) {
+                super::racks::come_in(&mut world, *n, racks, zones);
+                let agent = world.agents.get_mut(&host(*n)).unwrap();
+                agent.max_stripes = if odd[*n].0 == 0 { 1 } else { 8 };
+                agent.weight = if odd[*n].1 == 0 { 2 } else { 1 };
+                world.beat(&host(*n));
+            }
+            if let Op::Join(n) = op && world.agents[&host(*n)].stream.is_some()
+                && let Err(refusal) = world.join(&host(*n))
+            {
+                return Err(TestCaseError::fail(format!("after step {at} {op:?}: {refusal}")));
+            }
+            apply(&mut world, *op);
+            world.forest.audit().map_err(TestCaseError::fail)?;
+        }
+    }
+
     #[test]
     fn a_restart_gives_exactly_the_tree_of_racks(
         ops in proptest::collection::vec(op(), 1..60),
