@@ -83,6 +83,7 @@ impl Around<'_> {
             };
             let left: Vec<usize> = all.iter().filter(is_left).copied().collect();
             let group = Node::Group(scope.clone());
+            self.stay_inner(grove, &outer, &group, &left);
             self.go_from(grove, &outer, &group, &left);
             for stripe in left {
                 if let Some(tree) = grove.stripes.get_mut(stripe) {

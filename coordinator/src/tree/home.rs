@@ -102,6 +102,30 @@ impl Around<'_> {
         self.make_room(grove, scope, leaver, &needs);
     }
 
+    /// Before a member goes from some stripes and stays in others, as a rack does when those hosts go that can read stripes apart:
+    /// it is inner in one where it stays, or it would take shares there and offer none anywhere.
+    pub(super) fn stay_inner(&self, grove: &mut Grove, scope: &Scope, member: &Node, goes_from: &[usize]) {
+        let stays = |stripe: &usize| {
+            let layer = grove.layer(*stripe, scope);
+            !goes_from.contains(stripe) && layer.is_some_and(|layer| layer.get(member).is_some())
+        };
+        let is_homeless = grove
+            .home(member)
+            .is_some_and(|home| goes_from.contains(&home.0.into()));
+        let others = (0..grove.stripes.len()).filter(stays);
+        let Some(stripe) = others.min_by_key(|&stripe| self.spare(grove, At { stripe, scope })) else {
+            return;
+        };
+        if is_homeless {
+            let home = StripeIndex(u16::try_from(stripe).unwrap_or(u16::MAX));
+            grove.set_home(member, home);
+            let offers = self.capacity(grove, stripe, member, home);
+            if let Some(tree) = grove.at_mut(At { stripe, scope }) {
+                tree.set_capacity(member, offers);
+            }
+        }
+    }
+
     /// Has members other than `not` change their home until a layer can spare the shares that are needed of it.
     fn provide(&self, grove: &mut Grove, at: At<'_>, needs: &Needs, not: &Node) {
         let shares = needs.get(&at.stripe).copied().unwrap_or(0);

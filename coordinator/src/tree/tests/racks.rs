@@ -220,3 +220,29 @@ fn search_says_that_another_rack_would_be_a_second_link() {
             .any(|c| c.reason.contains("second link") && !of_rack(c))
     );
 }
+
+/// Found by the simulation (seed 1250 of 24 hosts): the rack offered its slots in a stripe that it stood in no longer, and the origin had a
+/// child too many.
+#[test]
+fn a_rack_that_only_those_are_left_in_who_cannot_read_stripes_apart_is_inner_where_they_stand() {
+    for stripes in 2..4 {
+        let mut world = World::striped(stripes, 1);
+        for n in 0..16 {
+            come_in(&mut world, n, 9, 0);
+            if n >= 9 {
+                world.agents.get_mut(&host(n)).unwrap().max_stripes = 1;
+                world.beat(&host(n));
+            }
+            world.join(&host(n)).unwrap();
+        }
+        // Each rack from 0 to 6 has a host of either kind. Half of the racks lose the one that splits, the others go.
+        let splits = (1..7).step_by(2);
+        let rest = (0..7).step_by(2).flat_map(|rack| [rack, rack + 9]);
+        for leaver in splits.chain(rest).chain([7, 8]) {
+            world.leave(&host(leaver)).unwrap();
+            world.forest.audit().unwrap();
+            world.check_told().unwrap();
+        }
+        assert_eq!(world.attached().len(), 3);
+    }
+}
