@@ -8,6 +8,7 @@ mod boot;
 mod bytes;
 mod clock;
 mod config;
+mod device;
 mod faults;
 mod harness;
 mod http;

@@ -1,0 +1,364 @@
+//! A VM's disk as a block device of the host, on the user plane: it outlives its agent, and I/O in it waits and never fails.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use treeboot_proto::v1;
+use treeboot_tests::cluster::{Cluster, Plan};
+use treeboot_tests::daemon::Daemon;
+use treeboot_tests::image::Pattern;
+use treeboot_tests::measure::newest;
+use treeboot_tests::need::{Need, require};
+use treeboot_tests::wait::wait_until;
+
+use crate::support::{Machine, with_cluster};
+
+const NEEDS: [Need; 3] = [
+    Need::Root,
+    Need::Program("fio", "fio"),
+    Need::Program("mkfs.ext4", "e2fsprogs"),
+];
+const IMAGE: &str = "base";
+const BYTES: u64 = 64 << 20;
+/// For what takes milliseconds on a machine that does nothing else.
+const SOON: Duration = Duration::from_secs(60);
+/// The writer's bytes, each written once and read back: some 14 s at its pace.
+const WRITTEN_MIB: u32 = 16;
+const PACE_PER_S: u32 = 300;
+
+/// The device of one VM, of which nothing is left at the end, whatever fails.
+struct Device {
+    vm: String,
+    mounts: PathBuf,
+}
+
+impl Device {
+    /// A name that no other test on this machine has: `/dev/treeboot` is one for all.
+    fn new(agent: &Daemon, name: &str) -> Self {
+        Self {
+            vm: format!("{name}-{}", std::process::id()),
+            mounts: agent.folder().join("state/devices"),
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from("/dev/treeboot").join(&self.vm)
+    }
+
+    fn request(&self) -> v1::CreateRequest {
+        v1::CreateRequest {
+            vm: self.vm.clone(),
+            image: Some(newest(IMAGE)),
+            device: true,
+        }
+    }
+
+    /// Nothing of it is on the machine any more. Whoever looks at a device at that moment delays its end.
+    async fn is_gone(&self) -> Result<()> {
+        let gone = wait_until(SOON, "the device to be gone", || async {
+            Ok(self.left()?.is_empty().then_some(()))
+        });
+        gone.await.with_context(|| format!("{:?}", self.left()))
+    }
+
+    /// What of it is on the machine.
+    fn left(&self) -> Result<Vec<String>> {
+        let mut left = Vec::new();
+        if self.path().symlink_metadata().is_ok() {
+            left.push(self.path().display().to_string());
+        }
+        let loops = tool(
+            "losetup",
+            &["--list", "--noheadings", "--output", "NAME,BACK-FILE"],
+        )?;
+        // "/" is what is said of a file whose file system was unmounted below it.
+        let ours = |line: &&str| {
+            let file = line.split_whitespace().nth(1).unwrap_or_default();
+            file == "/" || file.ends_with(&format!("/devices/{}", self.vm))
+        };
+        left.extend(loops.lines().filter(ours).map(str::to_owned));
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let at = self.mounts.join(&self.vm).display().to_string();
+        left.extend(
+            mounts
+                .lines()
+                .filter(|line| line.contains(&at))
+                .map(str::to_owned),
+        );
+        Ok(left)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let file = self.mounts.join(&self.vm);
+        // The connection first, so that nothing of it waits.
+        let _ = nix::mount::umount2(
+            &file,
+            nix::mount::MntFlags::MNT_FORCE | nix::mount::MntFlags::MNT_DETACH,
+        );
+        if let Ok(device) = std::fs::read_link(self.path()) {
+            let _ = tool("losetup", &["--detach", &device.display().to_string()]);
+            let _ = std::fs::remove_file(self.path());
+        }
+    }
+}
+
+fn tool(program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .args(args)
+        .output()
+        .with_context(|| format!("could not start {program}"))?;
+    if !output.status.success() {
+        bail!("{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Runs a program beside the daemons.
+async fn aside(program: &'static str, args: Vec<String>) -> Result<String> {
+    tokio::task::spawn_blocking(move || {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        tool(program, &args)
+    })
+    .await?
+}
+
+async fn import(cluster: &Cluster) -> Result<Pattern> {
+    let pattern = Pattern {
+        seed: 7,
+        bytes: BYTES,
+    };
+    let file = cluster.path().join("image.raw");
+    pattern.write(&file)?;
+    cluster.import(&file, IMAGE).await?;
+    Ok(pattern)
+}
+
+#[test]
+fn a_device_is_the_disk_and_waits_for_its_agent_through_kills_and_restarts() -> Result<()> {
+    if !require(&NEEDS) {
+        return Ok(());
+    }
+    with_cluster(
+        "device-kills",
+        Machine::Shared,
+        Plan::default(),
+        kills_and_restarts,
+    )
+}
+
+async fn kills_and_restarts(cluster: &Cluster) -> Result<()> {
+    let pattern = import(cluster).await?;
+    let host = &cluster.hosts[0];
+    let device = Device::new(host, "killed");
+    let answer = host.agent().await?.create(device.request()).await?.into_inner();
+    let disk = answer.disk.context("a disk")?;
+    ensure!(disk.device == device.path().display().to_string(), "{disk:?}");
+    ensure!(disk.url.starts_with("iscsi://"), "{disk:?}");
+    let path = device.path();
+    let content = tokio::task::spawn_blocking(move || std::fs::read(path)).await??;
+    ensure!(content.len() as u64 == BYTES, "{} bytes", content.len());
+    ensure!(
+        pattern.first_wrong_block(0, &content).is_none(),
+        "not the image's bytes"
+    );
+
+    let json = cluster.path().join("fio.json");
+    let mut fio = cluster
+        .scratch()
+        .command("fio")
+        .current_dir(cluster.path())
+        .args([
+            "--name=verified",
+            "--rw=randwrite",
+            "--bs=4k",
+            "--direct=1",
+            "--ioengine=psync",
+        ])
+        .args([
+            "--fsync=8",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--output-format=json",
+        ])
+        .arg(format!("--filename={}", device.path().display()))
+        .args([
+            format!("--size={WRITTEN_MIB}m"),
+            format!("--rate_iops={PACE_PER_S}"),
+        ])
+        .arg(format!("--output={}", json.display()))
+        .stdout(Stdio::null())
+        .spawn()?;
+    let mut rounds = 0;
+    while fio.try_wait()?.is_none() && rounds < 6 {
+        match rounds % 2 {
+            0 => host.kill()?,
+            _ => drop(host.terminate().await?),
+        }
+        cluster.restart(host).await?;
+        // It is served again, and written to, before the next round.
+        let before = written(host, &device).await?;
+        wait_until(SOON, "the writer to go on", || {
+            let ended = fio.try_wait();
+            let device = &device;
+            async move { Ok((ended?.is_some() || written(host, device).await? > before).then_some(())) }
+        })
+        .await?;
+        rounds += 1;
+    }
+    let status = tokio::task::spawn_blocking(move || fio.wait()).await??;
+    ensure!(
+        status.success(),
+        "fio: {status}: {}",
+        std::fs::read_to_string(&json)?
+    );
+    ensure!(rounds > 1, "the writer was done before a kill and a restart");
+    println!("{rounds} restarts, fio: {}", longest(&json)?);
+
+    // Room that a file system gives back is the host's again.
+    let full = delta_bytes(host, &device).await?;
+    aside("blkdiscard", vec![device.path().display().to_string()]).await?;
+    let empty = delta_bytes(host, &device).await?;
+    ensure!(
+        full > u64::from(WRITTEN_MIB) << 20 && empty < 1 << 20,
+        "{full} bytes, then {empty}"
+    );
+
+    let destroy = || v1::DestroyRequest {
+        vm: device.vm.clone(),
+        instance_only: false,
+    };
+    host.agent().await?.destroy(destroy()).await?;
+    device.is_gone().await?;
+    wait_until(SOON, "the holder to end", || async {
+        let holder = |pid: &nix::unistd::Pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == b"holder")
+        };
+        Ok((!cluster.scratch().processes().iter().any(holder)).then_some(()))
+    })
+    .await?;
+    Ok(())
+}
+
+#[test]
+fn a_device_in_use_stays_and_one_whose_holder_died_is_made_again() -> Result<()> {
+    if !require(&NEEDS) {
+        return Ok(());
+    }
+    with_cluster(
+        "device-in-use",
+        Machine::Shared,
+        Plan::default(),
+        in_use_and_without_holder,
+    )
+}
+
+async fn in_use_and_without_holder(cluster: &Cluster) -> Result<()> {
+    import(cluster).await?;
+    let host = &cluster.hosts[0];
+    let device = Device::new(host, "held");
+    let create = v1::CreateRequest {
+        device: false,
+        ..device.request()
+    };
+    let disk = host.agent().await?.create(create).await?.into_inner().disk;
+    ensure!(disk.is_some_and(|disk| disk.device.is_empty()), "not asked for");
+    // A disk that is there becomes a device, too; asked twice, it is the same.
+    for _ in 0..2 {
+        host.agent().await?.create(device.request()).await?;
+    }
+    aside(
+        "mkfs.ext4",
+        vec!["-q".into(), device.path().display().to_string()],
+    )
+    .await?;
+    let at = cluster.path().join("mounted");
+    std::fs::create_dir(&at)?;
+    let place = [device.path().display().to_string(), at.display().to_string()];
+    aside("mount", place.to_vec()).await?;
+    let mounted = Mounted(at.clone());
+    let destroy = || v1::DestroyRequest {
+        vm: device.vm.clone(),
+        instance_only: false,
+    };
+    let refused = host.agent().await?.destroy(destroy()).await;
+    let refused = refused.err().context("a device in use was destroyed")?;
+    ensure!(refused.message().contains("in use"), "{refused}");
+    let text = "still here";
+    std::fs::write(at.join("file"), text)?;
+    drop(mounted);
+
+    host.agent().await?.destroy(destroy()).await?;
+    device.is_gone().await?;
+
+    // Agent and holder die, as in an accident: what is left is made anew.
+    host.agent().await?.create(device.request()).await?;
+    for pid in cluster.scratch().processes() {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if line.split(|byte| *byte == 0).any(|word| word == b"holder") {
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+        }
+    }
+    host.kill()?;
+    cluster.restart(host).await?;
+    let path = device.path();
+    let read = tokio::task::spawn_blocking(move || std::fs::read(path)).await??;
+    ensure!(read.len() as u64 == BYTES);
+    host.agent().await?.destroy(destroy()).await?;
+    device.is_gone().await?;
+    Ok(())
+}
+
+/// A mounted file system.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::empty());
+    }
+}
+
+async fn delta_bytes(host: &Daemon, device: &Device) -> Result<u64> {
+    let disks = host
+        .agent()
+        .await?
+        .list(v1::ListRequest {})
+        .await?
+        .into_inner()
+        .disks;
+    let disk = disks.into_iter().find(|disk| disk.vm == device.vm);
+    Ok(disk.context("the disk is not listed")?.delta_bytes)
+}
+
+/// A figure that grows with each write.
+async fn written(_: &Daemon, device: &Device) -> Result<u64> {
+    let target = std::fs::canonicalize(device.path())?;
+    let name = target
+        .file_name()
+        .context("a device has a name")?
+        .to_string_lossy()
+        .into_owned();
+    let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat"))?;
+    let field = stat.split_whitespace().nth(4).context("no count of writes")?;
+    Ok(field.parse()?)
+}
+
+/// The longest that one write took, the restarts included.
+fn longest(json: &std::path::Path) -> Result<String> {
+    let text = std::fs::read_to_string(json)?;
+    // fio's own words may stand before.
+    let report: serde_json::Value = serde_json::from_str(&text[text.find('{').context("no report")?..])?;
+    let clat = &report["jobs"][0]["write"]["clat_ns"];
+    let ms = |value: &serde_json::Value| value.as_f64().unwrap_or(0.0) / 1e6;
+    Ok(format!(
+        "mean {:.2} ms, longest {:.0} ms; its syncs at most {:.0} ms",
+        ms(&clat["mean"]),
+        ms(&clat["max"]),
+        ms(&report["jobs"][0]["sync"]["lat_ns"]["max"])
+    ))
+}
