@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
@@ -40,6 +41,10 @@ const RECORD: &str = "record";
 /// The key of [`Sum`].
 const SUM: &str = "sum";
 
+/// Where a record is closed, sled's own threads may hold its lock for a moment more; another coordinator holds it for good.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
+
 impl SledStore {
     /// Opens or makes the record in `dir`.
     ///
@@ -47,7 +52,7 @@ impl SledStore {
     /// [`StoreError::Locked`] where another process has it, [`StoreError::Newer`], [`StoreError::Damaged`] and [`StoreError::Lost`]
     /// where it cannot be relied on, otherwise [`StoreError::Open`].
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        let opened = Opened::new(dir)?;
+        let opened = once_unlocked(|| Opened::new(dir))?;
         Ok(Self {
             open: Mutex::new(Some(opened)),
             dir: dir.into(),
@@ -64,20 +69,42 @@ impl SledStore {
         if !record.exists() {
             return Ok(None);
         }
-        // The lock that sled holds; where the file is not there, or is none, nobody has the record open.
-        if let Ok(file) = std::fs::File::open(record.join("db"))
-            && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
-        {
-            return Err(StoreError::Locked {
-                dir: dir.display().to_string(),
-            });
-        }
+        once_unlocked(|| {
+            // The lock that sled holds; where the file is not there, or is none, nobody has the record open.
+            match std::fs::File::open(record.join("db")) {
+                Ok(file) if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() => {
+                    Err(StoreError::Locked {
+                        dir: dir.display().to_string(),
+                    })
+                }
+                _ => Ok(()),
+            }
+        })?;
         let free = (1..).map(|number| dir.join(format!("{RECORD}.old-{number}")));
         let aside = free.into_iter().find(|path| !path.exists());
         let aside = aside.unwrap_or_else(|| dir.join("record.old"));
         std::fs::rename(&record, &aside).map_err(|error| cannot_open(dir, error))?;
         Ok(Some(aside))
     }
+}
+
+/// Tries again where somebody has the record, for [`LOCK_LIMIT`].
+fn once_unlocked<T>(attempt: impl Fn() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    let until = Instant::now() + LOCK_LIMIT;
+    loop {
+        match attempt() {
+            Err(StoreError::Locked { .. }) if Instant::now() < until => pause(),
+            done => return done,
+        }
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "nothing tells when a lock of another is released; the loop has a deadline"
+)]
+fn pause() {
+    std::thread::sleep(LOCK_AGAIN);
 }
 
 fn cannot_open(dir: &Path, source: impl Into<Cause>) -> StoreError {
