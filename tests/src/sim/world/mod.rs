@@ -275,7 +275,8 @@ impl World {
 
     fn delay(&mut self) -> u64 {
         let network = self.scenario.network;
-        if self.chance.permille(network.late) {
+        // Two such in a row are a silence, for which a host takes a stream for dead: a fault of the network's, which ends with the others.
+        if self.is_faulty() && self.chance.permille(network.late) {
             self.chance.within(network.delay, 1_500)
         } else {
             self.chance.within(0, network.delay + 1)
