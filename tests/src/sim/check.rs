@@ -41,8 +41,6 @@ struct Told {
     joined: Option<Epoch>,
     /// Of the placement that is in force.
     in_force: Epoch,
-    /// It is not told of all its paths yet.
-    waits: bool,
     /// When a sign of life of the host was taken in last.
     beat: Option<u64>,
     /// When a sign of its attachment was taken in last.
@@ -132,7 +130,6 @@ impl Memory {
                 told.position = record.position;
                 told.parents = parents_hash(record);
                 told.in_force = record.epoch;
-                told.waits = !record.held_back.is_empty();
             }
         }
         if epoch < self.carried {
@@ -248,7 +245,6 @@ impl Memory {
         }
         told.parents = parents;
         told.in_force = record.epoch;
-        told.waits = !record.held_back.is_empty();
     }
 
     fn noted(&mut self, now: u64, note: &Note, beat: Option<&(HostName, bool)>) -> Result<(), Violation> {
@@ -341,12 +337,6 @@ impl Memory {
     #[must_use]
     pub fn in_force(&self, host: &HostName) -> Epoch {
         self.told.get(host).map(|told| told.in_force).unwrap_or_default()
-    }
-
-    /// Whether a host is not told of all its paths yet.
-    #[must_use]
-    pub fn waits(&self, host: &HostName) -> bool {
-        self.told.get(host).is_some_and(|told| told.waits)
     }
 
     /// What one placement may say, whatever the trees are.

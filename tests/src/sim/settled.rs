@@ -76,9 +76,6 @@ pub fn settled(hosts: &[Host], tree: &TreeView, memory: &Memory, settings: &Sett
                 memory.in_force(name)
             ));
         }
-        if memory.waits(name) {
-            return Err(format!("{name} is not told of all its paths yet"));
-        }
         for (index, stripe) in (0u16..).zip(&place.stripes) {
             let Some((theirs, _)) = parents.get(&(number, index)) else {
                 return Err(format!(
