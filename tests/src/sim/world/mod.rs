@@ -80,6 +80,8 @@ pub struct World {
     splits: Vec<(u64, Vec<bool>)>,
     turn_due: bool,
     settled_at: Option<(u64, Epoch)>,
+    /// The epoch at the last look.
+    seen: Option<Epoch>,
     unsettled: String,
     scratch: Vec<u32>,
     counts: Counts,
@@ -158,6 +160,7 @@ impl World {
             splits: Vec::new(),
             turn_due: false,
             settled_at: None,
+            seen: None,
             unsettled: String::new(),
             scratch: Vec::new(),
             counts: Counts::default(),
@@ -393,6 +396,14 @@ impl World {
         let outcome = match self.hosts.iter().find(|host| is_broken(host)) {
             Some(host) => Err(format!("{} waits on a dead stream", host.info.name)),
             None => settled(&self.hosts, &tree, &self.memory, &self.scenario.settings),
+        };
+        // A change may take several messages: what stands between two of them is not settled.
+        let seen = self.seen.replace(tree.epoch);
+        let outcome = match self.settled_at {
+            None if seen != Some(tree.epoch) => {
+                outcome.and(Err("something changed within the last beat".into()))
+            }
+            _ => outcome,
         };
         match (outcome, self.settled_at) {
             (Ok(()), None) => {
