@@ -8,13 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::readable;
 use super::wire::{self, Word};
+use super::{pause, readable};
 
 /// How long a holder may take to start.
 const STARTS_WITHIN: Duration = Duration::from_secs(5);
-/// The pause between two looks at that.
-const PAUSE: Duration = Duration::from_millis(5);
 /// How long it may take to answer.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -38,7 +36,7 @@ impl Holder {
     /// What is held; nothing where no holder runs.
     pub(crate) fn held(&self) -> io::Result<BTreeMap<String, OwnedFd>> {
         let mut held = BTreeMap::new();
-        let Ok(socket) = wire::connect(&self.state) else {
+        let Some(socket) = self.connect()? else {
             return Ok(held);
         };
         wire::send(&socket, &Word::List, None)?;
@@ -50,9 +48,9 @@ impl Holder {
 
     /// Has `fd` held, by a holder that is started where none runs.
     pub(crate) fn put(&self, name: &str, fd: &OwnedFd) -> io::Result<()> {
-        let socket = match wire::connect(&self.state) {
-            Ok(socket) => socket,
-            Err(_) => self.start()?,
+        let socket = match self.connect()? {
+            Some(socket) => socket,
+            None => self.start()?,
         };
         wire::send(&socket, &Word::Put(name.to_owned()), Some(fd))?;
         done(answer(&socket)?)
@@ -60,11 +58,22 @@ impl Holder {
 
     /// Has it let go.
     pub(crate) fn drop_one(&self, name: &str) -> io::Result<()> {
-        let Ok(socket) = wire::connect(&self.state) else {
+        let Some(socket) = self.connect()? else {
             return Ok(());
         };
         wire::send(&socket, &Word::Drop(name.to_owned()), None)?;
         done(answer(&socket)?)
+    }
+
+    /// A connection to the holder; `None` where none runs. Any other failure must not look as if nothing were held.
+    fn connect(&self) -> io::Result<Option<OwnedFd>> {
+        match wire::connect(&self.state) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(error) => match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
+                _ => Err(error),
+            },
+        }
     }
 
     fn start(&self) -> io::Result<OwnedFd> {
@@ -94,14 +103,6 @@ impl Holder {
             }
         }
     }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "between two looks at a condition with a deadline; a process that starts tells nobody"
-)]
-fn pause() {
-    std::thread::sleep(PAUSE);
 }
 
 fn answer(socket: &OwnedFd) -> io::Result<(Word, Option<OwnedFd>)> {

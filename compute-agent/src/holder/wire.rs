@@ -6,10 +6,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::net::{
     self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 
 /// The socket in the state directory.
@@ -73,6 +74,13 @@ pub(super) fn connect(state: &Path) -> io::Result<OwnedFd> {
     let socket = socket()?;
     net::connect(&socket, &address)?;
     Ok(socket)
+}
+
+/// The next client, to which no word may take longer than `limit`.
+pub(super) fn accept(socket: &OwnedFd, limit: Duration) -> io::Result<OwnedFd> {
+    let client = net::accept_with(socket, SocketFlags::CLOEXEC)?;
+    sockopt::set_socket_timeout(&client, sockopt::Timeout::Send, Some(limit))?;
+    Ok(client)
 }
 
 pub(super) fn send(to: &OwnedFd, word: &Word, fd: Option<&OwnedFd>) -> io::Result<()> {
