@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
-
 use crate::blocking::{self, read_storage};
 use crate::delta::{BLOCK, BlockWrite, Core, State};
+use crate::runs::{self, Runs};
 use crate::{BlockDevice, BlockError, Delta, Extent, Geometry, IoFuture, Provisioning};
 
 /// Why a base and a delta do not make a disk.
@@ -63,26 +62,6 @@ impl Disk {
         self.delta.core()
     }
 
-    /// The run that begins at `offset`: its state and its length in bytes, at most `bytes`.
-    fn run(&self, offset: u64, bytes: u64) -> (State, u64) {
-        let block = offset / BLOCK;
-        let most = (offset + bytes).div_ceil(BLOCK) - block;
-        let (state, count) = self.core().run(block, most);
-        (state, ((block + count) * BLOCK - offset).min(bytes))
-    }
-
-    fn read_run<'a>(&'a self, state: State, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
-        let core = self.core();
-        match state {
-            State::Base => self.base.read(offset, buf),
-            State::Data => read_storage(core.storage(), core.place(offset), offset, buf),
-            State::Zero => {
-                buf.fill(0);
-                blocking::ready(Ok(()))
-            }
-        }
-    }
-
     /// The bytes of the base in `range` of `blocks`, which begins at `start` on the disk, if `block` is the base's.
     async fn copy_up(
         &self,
@@ -119,33 +98,36 @@ impl Disk {
     }
 }
 
+impl Runs for Disk {
+    type Who = State;
+
+    fn run(&self, offset: u64, bytes: u64) -> (State, u64) {
+        let block = offset / BLOCK;
+        let most = (offset + bytes).div_ceil(BLOCK) - block;
+        let (state, count) = self.core().run(block, most);
+        (state, ((block + count) * BLOCK - offset).min(bytes))
+    }
+
+    fn read_run<'a>(&'a self, state: State, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
+        let core = self.core();
+        match state {
+            State::Base => self.base.read(offset, buf),
+            State::Data => read_storage(core.storage(), core.place(offset), offset, buf),
+            State::Zero => {
+                buf.fill(0);
+                blocking::ready(Ok(()))
+            }
+        }
+    }
+}
+
 impl BlockDevice for Disk {
     fn geometry(&self) -> Geometry {
         self.geometry
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
-        let bytes = buf.len() as u64;
-        if let Err(error) = self.check_range(offset, bytes) {
-            return blocking::ready(Err(error));
-        }
-        if bytes == 0 {
-            return blocking::ready(Ok(()));
-        }
-        let (state, run) = self.run(offset, bytes);
-        if run == bytes {
-            return self.read_run(state, offset, buf);
-        }
-        let mut reads = vec![];
-        let (mut at, mut rest) = (offset, buf);
-        while !rest.is_empty() {
-            let (state, run) = self.run(at, rest.len() as u64);
-            let (part, tail) = rest.split_at_mut(run as usize);
-            reads.push(self.read_run(state, at, part));
-            at += run;
-            rest = tail;
-        }
-        Box::pin(async move { try_join_all(reads).await.map(drop) })
+        runs::read(self, offset, buf)
     }
 
     fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> IoFuture<'a, ()> {

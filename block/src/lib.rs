@@ -12,6 +12,7 @@ mod device;
 mod disk;
 mod file;
 pub mod layers;
+mod runs;
 pub mod storage;
 pub mod verity;
 

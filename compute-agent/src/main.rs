@@ -7,7 +7,6 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use treeboot_agent::daemon::{Daemon, Options};
 use treeboot_agent::holder::{self, HOLDER};
@@ -51,7 +50,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     treeboot_daemon::log_to_stderr();
-    take_all_files();
+    // Each disk is an open file and each front end a connection, and what a process gets unless it asks for more is often 1,024.
+    treeboot_daemon::take_all_files("disks beyond it cannot be served");
     match run(&options.options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -69,18 +69,6 @@ fn hold(state: &Path) -> ExitCode {
             eprintln!("error: the holder of {} ended: {error}", state.display());
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Each disk is an open file and each front end a connection, and what a process gets unless it asks for more is often 1,024.
-fn take_all_files() {
-    let limit = getrlimit(Resource::Nofile);
-    let all = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, all) {
-        tracing::warn!(%error, "the limit of open files stays as it is: disks beyond it cannot be served");
     }
 }
 

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use treeboot_coordinator::daemon::{Daemon, Options};
 use treeboot_coordinator::identity;
@@ -67,7 +66,8 @@ fn main() -> ExitCode {
         None => {}
     }
     treeboot_daemon::log_to_stderr();
-    take_all_files();
+    // Each host is an open connection, and what a process gets unless it asks for more is often 1,024.
+    treeboot_daemon::take_all_files("hosts beyond it find no connection");
     match run(&options.options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -103,18 +103,6 @@ fn check(options: &Options, settings: &[Setting], json: bool) -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Each host is an open connection, and what a process gets unless it asks for more is often 1,024.
-fn take_all_files() {
-    let limit = getrlimit(Resource::Nofile);
-    let all = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, all) {
-        tracing::warn!(%error, "the limit of open files stays as it is: hosts beyond it find no connection");
     }
 }
 

@@ -8,4 +8,4 @@ pub mod config;
 pub mod http;
 mod service;
 
-pub use service::{log_to_stderr, notify_ready};
+pub use service::{log_to_stderr, notify_ready, take_all_files};

@@ -79,41 +79,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let mut outcomes = Vec::new();
     for name in targets {
-        eprintln!(
-            "xtask: {name} for {} min; its log is {}",
-            args.minutes,
-            log_of(&logs, name).display()
-        );
+        begin(&format!("{name} for {} min", args.minutes), &logs, name);
         outcomes.push(fuzz(name, limit, &logs)?);
     }
     if wanted("oracle") {
-        eprintln!(
-            "xtask: oracle for {} min; its log is {}",
-            args.minutes,
-            log_of(&logs, "oracle").display()
-        );
+        begin(&format!("oracle for {} min", args.minutes), &logs, "oracle");
         outcomes.push(oracle(limit, &logs)?);
     }
     if wanted("sim") {
-        eprintln!(
-            "xtask: {} seeds of the simulation; its log is {}",
-            args.seeds,
-            log_of(&logs, "sim").display()
-        );
+        begin(&format!("{} seeds of the simulation", args.seeds), &logs, "sim");
         outcomes.push(sim(args, &logs)?);
     }
     if wanted("writes") {
-        eprintln!(
-            "xtask: the coordinator killed at every write, once; its log is {}",
-            log_of(&logs, "writes").display()
-        );
+        begin("the coordinator killed at every write, once", &logs, "writes");
         outcomes.push(writes(&logs)?);
     }
     if args.only.iter().any(|only| only == KERNEL) {
-        eprintln!(
-            "xtask: kernel, once; its log is {}",
-            log_of(&logs, KERNEL).display()
-        );
+        begin("kernel, once", &logs, KERNEL);
         outcomes.push(kernel::run(&logs)?);
     }
     println!("target     seconds   executions   corpus   found");
@@ -133,6 +115,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "the soak found something"
     );
     Ok(())
+}
+
+/// Says what runs now, and where to watch it.
+fn begin(what: &str, logs: &Path, name: &str) {
+    eprintln!("xtask: {what}; its log is {}", log_of(logs, name).display());
 }
 
 fn log_of(logs: &Path, name: &str) -> PathBuf {

@@ -3,10 +3,9 @@
 
 use std::sync::{Arc, OnceLock};
 
-use futures_util::future::try_join_all;
-
 use crate::blocking::{self, read_storage};
 use crate::delta::{BLOCK, Core, State};
+use crate::runs::{self, Runs};
 use crate::{BlockDevice, BlockError, Delta, Extent, Geometry, IoFuture, Provisioning};
 
 /// Blocks in a page of the map: 16 KiB of memory for 64 MiB of disk.
@@ -121,25 +120,6 @@ impl Frozen {
         };
         (content, run)
     }
-
-    fn run(&self, offset: u64, bytes: u64) -> (u8, u64) {
-        let block = offset / BLOCK;
-        let most = (offset + bytes).div_ceil(BLOCK) - block;
-        let (who, count) = self.map.run(block, most);
-        (who, ((block + count) * BLOCK - offset).min(bytes))
-    }
-
-    fn read_run<'a>(&'a self, who: u8, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
-        match (who, self.layer(who)) {
-            (BASE, _) => self.base.read(offset, buf),
-            (_, Some(core)) if core.is_sealed() => read_sealed(core, offset, buf),
-            (_, Some(core)) => read_storage(core.storage(), core.place(offset), offset, buf),
-            (_, None) => {
-                buf.fill(0);
-                blocking::ready(Ok(()))
-            }
-        }
-    }
 }
 
 /// Reads whole blocks and compares them with their checksums.
@@ -184,6 +164,29 @@ fn read_sealed<'a>(core: &'a Arc<Core>, offset: u64, buf: &'a mut [u8]) -> IoFut
     })
 }
 
+impl Runs for Frozen {
+    type Who = u8;
+
+    fn run(&self, offset: u64, bytes: u64) -> (u8, u64) {
+        let block = offset / BLOCK;
+        let most = (offset + bytes).div_ceil(BLOCK) - block;
+        let (who, count) = self.map.run(block, most);
+        (who, ((block + count) * BLOCK - offset).min(bytes))
+    }
+
+    fn read_run<'a>(&'a self, who: u8, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
+        match (who, self.layer(who)) {
+            (BASE, _) => self.base.read(offset, buf),
+            (_, Some(core)) if core.is_sealed() => read_sealed(core, offset, buf),
+            (_, Some(core)) => read_storage(core.storage(), core.place(offset), offset, buf),
+            (_, None) => {
+                buf.fill(0);
+                blocking::ready(Ok(()))
+            }
+        }
+    }
+}
+
 impl BlockDevice for Frozen {
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -195,27 +198,7 @@ impl BlockDevice for Frozen {
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> IoFuture<'a, ()> {
-        let bytes = buf.len() as u64;
-        if let Err(error) = self.check_range(offset, bytes) {
-            return blocking::ready(Err(error));
-        }
-        if bytes == 0 {
-            return blocking::ready(Ok(()));
-        }
-        let (who, run) = self.run(offset, bytes);
-        if run == bytes {
-            return self.read_run(who, offset, buf);
-        }
-        let mut reads = vec![];
-        let (mut at, mut rest) = (offset, buf);
-        while !rest.is_empty() {
-            let (who, run) = self.run(at, rest.len() as u64);
-            let (part, tail) = rest.split_at_mut(run as usize);
-            reads.push(self.read_run(who, at, part));
-            at += run;
-            rest = tail;
-        }
-        Box::pin(async move { try_join_all(reads).await.map(drop) })
+        runs::read(self, offset, buf)
     }
 
     fn write<'a>(&'a self, _: u64, _: &'a [u8]) -> IoFuture<'a, ()> {

@@ -104,50 +104,30 @@ async fn answer_all(
         };
         let unique = request.unique;
         let size = disk.geometry().bytes;
-        let at_once = match request.operation {
-            Operation::Init { minor, abilities } => Ok(wire::init(minor, abilities)),
-            Operation::Attributes => Ok(wire::attributes(size)),
-            Operation::Open => Ok(wire::open()),
-            Operation::Room => Ok(wire::room(size)),
-            Operation::Nothing => Ok(Vec::new()),
-            Operation::Refused => Err(Errno::OPNOTSUPP),
-            Operation::Unknown => Err(Errno::NOSYS),
+        let next = match request.operation {
+            Operation::Init { minor, abilities } => Next::Answer(Ok(wire::init(minor, abilities))),
+            Operation::Attributes => Next::Answer(Ok(wire::attributes(size))),
+            Operation::Open => Next::Answer(Ok(wire::open())),
+            Operation::Room => Next::Answer(Ok(wire::room(size))),
+            Operation::Nothing => Next::Answer(Ok(Vec::new())),
+            Operation::Refused => Next::Answer(Err(Errno::OPNOTSUPP)),
+            Operation::Unknown => Next::Answer(Err(Errno::NOSYS)),
             Operation::Unanswered => continue,
             Operation::Read { offset, bytes } => {
                 let bytes = bytes.min(size.saturating_sub(offset) as usize);
-                let work = Work::Read { offset, bytes };
-                spawn(connection, disk, requests, stop, unique, work);
-                continue;
+                Next::Ask(Work::Read { offset, bytes })
             }
             Operation::Write { offset, data } => {
                 let data = data.to_vec();
-                spawn(
-                    connection,
-                    disk,
-                    requests,
-                    stop,
-                    unique,
-                    Work::Write { offset, data },
-                );
-                continue;
+                Next::Ask(Work::Write { offset, data })
             }
-            Operation::Sync => {
-                spawn(connection, disk, requests, stop, unique, Work::Sync);
-                continue;
-            }
-            Operation::Discard { offset, bytes } => {
-                spawn(
-                    connection,
-                    disk,
-                    requests,
-                    stop,
-                    unique,
-                    Work::Discard { offset, bytes },
-                );
-                continue;
-            }
+            Operation::Sync => Next::Ask(Work::Sync),
+            Operation::Discard { offset, bytes } => Next::Ask(Work::Discard { offset, bytes }),
         };
-        send(connection, unique, at_once);
+        match next {
+            Next::Answer(answer) => send(connection, unique, answer),
+            Next::Ask(work) => spawn(connection, disk, requests, stop, unique, work),
+        }
     }
 }
 
@@ -158,6 +138,12 @@ fn send(connection: &AsyncFd<OwnedFd>, unique: u64, answer: Result<Vec<u8>, Errn
     };
     // It takes an answer at once or not at all: the request was interrupted, or the file system is gone.
     let _nobody_waits = rustix::io::write(connection.as_fd(), &reply);
+}
+
+/// What becomes of a request.
+enum Next {
+    Answer(Result<Vec<u8>, Errno>),
+    Ask(Work),
 }
 
 /// What a disk is asked.
