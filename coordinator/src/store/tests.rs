@@ -59,6 +59,8 @@ fn records() -> Vec<(Key, Record)> {
         home: 1,
         barred: vec![(1, "h7".parse().unwrap())],
         held_back: Vec::new(),
+        lets_in: vec![(1, "h3".parse().unwrap())],
+        lets_in_others: true,
         stripes: vec![vec![
             held(HeldOf::Origin(0)),
             held(HeldOf::Host("b".parse().unwrap())),

@@ -1,12 +1,12 @@
 //! A target lets in hosts, not stripes of hosts. So a host that still acts on an earlier place could read one stripe from a parent that was
 //! given it as a child in another stripe, and that may stand below it by now: a cycle that no tree has. Such a parent is given the
 //! child only when the child says that it acts on its new place; until then the child goes to its other parents and fallbacks. The other
-//! way round, a host is told of a parent that let it in for another stripe before only when that parent says that it acts on
-//! the place in which it has this child; until then those above the parent stand in for it.
+//! way round, a host is told of a parent that let it in before, for another stripe or where the parent stood below it, only when that
+//! parent says that it acts on the place in which it has this child; until then those above the parent stand in for it.
 
 use std::collections::BTreeSet;
 
-use treeboot_types::{Child, HostName, ImageId, StripeIndex, StripePlacement};
+use treeboot_types::{Child, Epoch, HostName, ImageId, StripeIndex, StripePlacement};
 
 use super::layer::Node;
 use super::{Forest, Grove, Place};
@@ -62,12 +62,15 @@ impl Place {
             .extend(gone.map(|child| (child.stripe, child.host.clone())));
     }
 
-    /// Whether this host may let a child in for another stripe than this one, and does not yet know that it has it in this one.
+    /// Whether this host may let a new child in already, by another place than the one in which it has it in this stripe, and does not yet
+    /// know of that one.
     fn is_early_for(&self, stripe: StripeIndex, child: &HostName) -> bool {
         let mut given = self.told.children.iter().filter(|given| given.host == *child);
-        let mut old = self.lets_in.iter().filter(|(_, host)| host == child);
         let knows = self.is_confirmed && given.clone().any(|given| given.stripe == stripe);
-        !knows && (given.any(|given| given.stripe != stripe) || old.any(|(of, _)| *of != stripe))
+        let may_otherwise = self.lets_in_others
+            || given.any(|given| given.stripe != stripe)
+            || self.lets_in.iter().any(|(_, host)| host == child);
+        !knows && may_otherwise
     }
 
     /// Whether a parent must wait before it lets this host in.
@@ -83,7 +86,11 @@ impl Grove {
         let Some(place) = self.places.get(host) else {
             return Paths::new();
         };
-        let known = paths_of(&place.told.stripes);
+        let mut known = paths_of(&place.told.stripes);
+        if place.told.epoch == Epoch::default() {
+            // It reads from them already, as it says itself, and goes on if it keeps that place.
+            known.extend(place.stale.iter().cloned());
+        }
         let mut paths = paths_of(stripes);
         paths.retain(|path| {
             let parent = self.places.get(&path.1);
@@ -119,6 +126,7 @@ impl Forest {
         place.is_confirmed = true;
         place.stale.clear();
         place.lets_in.clear();
+        place.lets_in_others = false;
         let children: Vec<HostName> = place
             .told
             .children

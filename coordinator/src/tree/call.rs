@@ -179,6 +179,7 @@ impl Forest {
             AttachState::Ready => self.settings.lease_ms,
         };
         let known = self.hosts.get_mut(host);
+        let had_another = known.as_ref().is_none_or(|host| host.may_act_in(id));
         let unsure = known.as_ref().is_none_or(|host| host.digest.is_none());
         let stale = known.and_then(|host| host.acts.remove(id)).unwrap_or_default();
         if let Some(grove) = self.images.get_mut(id) {
@@ -197,6 +198,7 @@ impl Forest {
                 barred: bar::Paths::new(),
                 held_back: bar::Paths::new(),
                 lets_in: bar::Paths::new(),
+                lets_in_others: had_another,
                 is_confirmed: false,
                 mentioned_on: None,
             };

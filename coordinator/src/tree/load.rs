@@ -160,7 +160,8 @@ impl Forest {
                 unsure: true,
                 barred: paths(record.barred),
                 held_back: paths(record.held_back),
-                lets_in: bar::Paths::new(),
+                lets_in: paths(record.lets_in),
+                lets_in_others: record.lets_in_others,
                 is_confirmed: false,
                 mentioned_on: None,
             };

@@ -158,6 +158,8 @@ struct Place {
     held_back: bar::Paths,
     /// Children of earlier places that it may still let in and that `told` lacks.
     lets_in: bar::Paths,
+    /// Whom it may still let in is not known whole: it may act on a place that is forgotten.
+    lets_in_others: bool,
     /// It acts on what it was told last.
     is_confirmed: bool,
 }
@@ -455,6 +457,14 @@ impl Forest {
 }
 
 impl Host {
+    /// Whether it may still act on a place in this image, although it has none: one that it had, or of which its state tells.
+    fn may_act_in(&self, image: &ImageId) -> bool {
+        self.digest.is_none()
+            || self.listed.contains(image)
+            || self.ended.contains_key(image)
+            || self.acts.contains_key(image)
+    }
+
     /// Remembers that an attachment ended.
     fn end(&mut self, image: ImageId, epoch: Epoch) {
         self.ended.insert(image, epoch);

@@ -29,6 +29,8 @@ struct News {
     told: Told,
     /// The host has other parents than before.
     moves: bool,
+    /// Or may have, of which it is not told yet: registrations on what it was told before are refused.
+    fences: bool,
     /// It had none before.
     is_new: bool,
 }
@@ -47,10 +49,12 @@ impl Forest {
                 continue;
             };
             if let Some(place) = grove.places.get_mut(&item.host) {
-                if item.moves {
+                if item.fences {
                     place.position = item.told.epoch;
                 }
-                place.note_children(&item.told.children);
+                if grove.image.stripes > 1 {
+                    place.note_children(&item.told.children);
+                }
                 place.told = item.told.clone();
                 self.unsaved.insert((item.image.clone(), item.host.clone()));
             } else {
@@ -190,6 +194,10 @@ impl Forest {
                 };
                 for ((paths, held_back), host) in paths {
                     let barred = grove.places.get_mut(&host).map(|place| {
+                        if !held_back.is_empty() || !place.held_back.is_empty() {
+                            // The record names the parents that it has, of which it may be told nothing new.
+                            self.unsaved.insert((image.clone(), host.clone()));
+                        }
                         place.held_back = held_back;
                         place.bar(&paths)
                     });
@@ -230,11 +238,17 @@ impl Forest {
                 .map(|s| s.active.iter().map(name).collect())
                 .collect()
         };
+        let moves = is_place && parents(&told.stripes) != parents(&stripes);
+        let waits = grove
+            .places
+            .get(&host)
+            .is_some_and(|place| !place.held_back.is_empty());
         Some(News {
             takes: told.children.iter().any(|child| !children.contains(child)),
             depth: stripes.iter().map(|s| s.depth).max().unwrap_or(0),
             image: image.clone(),
-            moves: is_place && parents(&told.stripes) != parents(&stripes),
+            moves,
+            fences: moves || waits,
             is_new: told.epoch == Epoch::default(),
             told: Told {
                 epoch: told.epoch,
@@ -400,6 +414,8 @@ fn record_of(grove: &Grove, host: &HostName, place: &Place) -> AttachmentRecord 
         home: place.home.0,
         barred: recorded(&place.barred),
         held_back: recorded(&place.held_back),
+        lets_in: recorded(&place.lets_in),
+        lets_in_others: place.lets_in_others,
         stripes: (0..place.stripes).map(held).collect(),
     }
 }

@@ -236,6 +236,7 @@ impl Forest {
             barred: bar::Paths::new(),
             held_back: bar::Paths::new(),
             lets_in: bar::Paths::new(),
+            lets_in_others: true,
             is_confirmed: false,
             mentioned_on: None,
         };

@@ -81,6 +81,13 @@ pub struct AttachmentRecord {
     /// Parents and fallbacks, each with its stripe, that it is not told of until they say that they act on having it as a child.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub held_back: Vec<(u16, HostName)>,
+    /// Children of earlier places, each with its stripe, that it may still let in. That it acts on its newest place is not recorded, so
+    /// after a restart it may let in fewer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lets_in: Vec<(u16, HostName)>,
+    /// Whom it may still let in is not known whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lets_in_others: bool,
     /// For each stripe, the parents with the shares that it holds of them.
     pub stripes: Vec<Vec<HeldShare>>,
 }

@@ -2,6 +2,7 @@
 
 use treeboot_types::{Epoch, Tick};
 
+use super::super::bar::{Paths, paths_of};
 use super::world::{BEAT_MS, LEASE_MS, World, host, image_id, image_ref, name};
 use crate::tree::{Event, Forest, Note, Refusal};
 
@@ -283,4 +284,49 @@ fn an_agent_that_comes_back_on_another_port_is_found_there() {
     world.connect("a");
     let parent = &world.agents["b"].placements[&image_id()].stripes[0].active[0];
     assert_eq!(parent.endpoint.portal.as_str(), "10.0.0.1:4444");
+}
+
+/// Found by the simulation (seed 923 of 24 hosts): all were evicted and came back acting on old places, and a host was sent to one that
+/// still let it in for another stripe.
+#[test]
+fn a_host_that_comes_back_on_a_forgotten_place_is_nobodys_new_parent_until_it_acts_on_its_own() {
+    let paths = |world: &World, n: usize| -> Paths {
+        let placement = &world.agents[&host(n)].placements[&image_id()];
+        paths_of(&placement.stripes)
+    };
+    let mut world = World::striped(2, 1);
+    (0..12).for_each(|n| world.grow(&host(n)));
+    world.hear_all();
+    let before: Vec<Paths> = (0..12).map(|n| paths(&world, n)).collect();
+    (0..12).for_each(|n| world.disconnect(&host(n)));
+    world.pass(2 * LEASE_MS, &[]);
+    let tree = world.forest.tree(&image_ref()).unwrap();
+    assert!(tree.vertices.iter().all(|v| v.origin), "all were evicted");
+    // The last come first, so that hardly anybody finds its parents there.
+    for n in (0..12).rev() {
+        world.connect(&host(n));
+        for n in n..12 {
+            let (now, before) = (paths(&world, n), &before[n]);
+            assert!(now.is_subset(before), "{n}: {now:?}, before {before:?}");
+        }
+        world.forest.audit().unwrap();
+    }
+    world.hear_all();
+    world.forest.audit().unwrap();
+    world.check_told().unwrap();
+    let new = |n: &usize| !paths(&world, *n).is_subset(&before[*n]);
+    assert!((0..12).filter(new).count() > 6, "most stand elsewhere now");
+    for vertex in world.forest.tree(&image_ref()).unwrap().vertices {
+        let Some(host) = vertex.host else { continue };
+        let placement = &world.agents[host.as_str()].placements[&image_id()];
+        let told = placement
+            .stripes
+            .iter()
+            .find(|s| s.stripe == vertex.stripe)
+            .unwrap();
+        let parent = told.active[0].host.as_ref();
+        if let Some(parent) = parent {
+            assert_eq!(vertex.parents, [parent.to_string()]);
+        }
+    }
 }

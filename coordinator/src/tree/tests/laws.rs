@@ -1,10 +1,13 @@
 //! Random histories: after each event every law holds, seen from inside and from the hosts.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
-use treeboot_types::Fault;
+use treeboot_types::{Fault, Placement};
 
-use super::world::{World, host, image_ref};
+use super::super::bar::paths_of;
+use super::world::{World, host, image_id, image_ref};
 use crate::tree::{Event, Key, Note, Record};
 
 const HOSTS: usize = 24;
@@ -142,6 +145,64 @@ fn check(world: &World) -> Result<(), String> {
     check_record(world)
 }
 
+/// What the agents act on that hear all that they are told.
+fn heard(world: &World) -> BTreeMap<String, Placement> {
+    let connected = world.agents.iter().filter(|(_, agent)| agent.stream.is_some());
+    let placed = connected
+        .filter_map(|(host, agent)| Some((host.clone(), agent.placements.get(&image_id())?.clone())));
+    placed.collect()
+}
+
+/// Who acts on a place of old and lets a host in by it is no new parent of that host, in the same stripe neither: it may stand below it.
+fn check_new_parents(before: &BTreeMap<String, Placement>, world: &World) -> Result<(), String> {
+    for (host, after) in heard(world) {
+        let Some(before) = before.get(&host) else { continue };
+        for (stripe, parent) in paths_of(&after.stripes).difference(&paths_of(&before.stripes)) {
+            let told = world.forest.placement(&image_id(), parent).map(|told| told.epoch);
+            let agent = world.agents.get(parent.as_str());
+            if let Some(acts) = agent.and_then(|agent| agent.placements.get(&image_id()))
+                && told.is_some_and(|told| acts.epoch < told)
+                && acts.children.iter().any(|child| child.host.as_str() == host)
+            {
+                return Err(format!(
+                    "{host} is told of {parent} in {stripe}, which acts on {} still and lets it in",
+                    acts.epoch
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Nobody reads from itself, over what hosts hold: those that are cut off act on places of old, and let in whom those gave them.
+fn check_cycles(world: &World) -> Result<(), String> {
+    let placement = |host: &str| world.agents.get(host)?.placements.get(&image_id());
+    let lets_in = |parent: &str, child: &str| {
+        placement(parent).is_some_and(|p| p.children.iter().any(|c| c.host.as_str() == child))
+    };
+    let parents = |host: &str, stripe: u16| -> Vec<String> {
+        let told = placement(host).and_then(|p| p.stripes.iter().find(|s| s.stripe.0 == stripe));
+        let paths = told.iter().flat_map(|s| s.active.iter().chain(&s.fallbacks));
+        let hosts = paths.filter_map(|path| path.host.as_ref().map(ToString::to_string));
+        hosts.filter(|parent| lets_in(parent, host)).collect()
+    };
+    for stripe in 0..world.forest.image(&image_ref()).map_or(1, |image| image.stripes) {
+        for from in world.agents.keys() {
+            let mut seen = std::collections::BTreeSet::new();
+            let mut waiting = parents(from, stripe);
+            while let Some(host) = waiting.pop() {
+                if host == *from {
+                    return Err(format!("{from} reads stripe {stripe} from itself: {seen:?}"));
+                }
+                if seen.insert(host.clone()) {
+                    waiting.extend(parents(&host, stripe));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// After each step in racks every law holds; hosts come to stand by their numbers.
 fn check_in_racks(world: &mut World, racks: usize, zones: usize, ops: &[Op]) -> Result<(), String> {
     for (at, op) in ops.iter().enumerate() {
@@ -157,6 +218,31 @@ fn check_in_racks(world: &mut World, racks: usize, zones: usize, ops: &[Op]) -> 
         check(world).map_err(told)?;
     }
     Ok(())
+}
+
+/// Found by random histories: a host got another parent, of which it was not told yet, and the record kept the one before.
+#[test]
+fn a_restart_knows_the_parents_of_hosts_that_are_not_told_of_them_yet() {
+    let mut world = World::striped(2, 1);
+    let ops = [
+        Op::Join(12),
+        Op::Join(0),
+        Op::Pass(5),
+        Op::Join(16),
+        Op::Join(1),
+        Op::Join(0),
+        Op::Join(12),
+    ];
+    for op in ops {
+        if let Op::Join(n) = op
+            && !world.agents.contains_key(&host(n))
+        {
+            super::racks::come_in(&mut world, n, 3, 0);
+        }
+        apply(&mut world, op);
+    }
+    world.restart();
+    world.forest.audit().unwrap();
 }
 
 #[test]
@@ -218,6 +304,24 @@ proptest! {
             world.forest.audit().map_err(TestCaseError::fail)?;
             world.hear_all();
             let checked = check(&world).and_then(|()| check_homes(&world, stripes, active_parents));
+            if let Err(why) = checked {
+                return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
+            }
+        }
+    }
+
+    /// Whoever is cut off acts on a place of old, also when the coordinator starts again.
+    #[test]
+    fn nobody_reads_from_itself_nor_from_one_of_old_whoever_is_cut_off(
+        stripes in 2u16..4,
+        active_parents in 1u32..3,
+        ops in proptest::collection::vec(op(), 1..120),
+    ) {
+        let mut world = World::striped(stripes, active_parents);
+        for (at, op) in ops.iter().enumerate() {
+            let before = heard(&world);
+            apply(&mut world, *op);
+            let checked = check_cycles(&world).and_then(|()| check_new_parents(&before, &world));
             if let Err(why) = checked {
                 return Err(TestCaseError::fail(format!("after step {at} {op:?}: {why}")));
             }
@@ -314,7 +418,7 @@ proptest! {
         let told = pushed(&world);
         let attached: Vec<String> = before.1.iter().filter_map(|v| v.0.as_ref().map(ToString::to_string)).collect();
         for host in attached {
-            if world.agents[&host].placements.contains_key(&super::world::image_id()) {
+            if world.agents[&host].placements.contains_key(&image_id()) {
                 world.connect(&host);
             }
         }
