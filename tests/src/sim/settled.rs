@@ -25,7 +25,22 @@ fn within_reach(children: &BTreeMap<(usize, u16), Vec<usize>>, host: usize) -> B
     all
 }
 
-/// Whether everything is as it should be once nothing goes wrong any more; otherwise what is not yet.
+/// Hosts that have no stream on which they were welcomed and need one, or that wait on a dead one; and which of it is so.
+pub fn unconnected(
+    hosts: &[Host],
+    is_dead: impl Fn(u64) -> bool,
+) -> impl Iterator<Item = (usize, &'static str)> {
+    hosts.iter().enumerate().filter_map(move |(number, host)| {
+        let needs = host.up && (host.wanted || host.is_stored());
+        match &host.line {
+            Some(line) if is_dead(line.conn) => Some((number, "waits on a dead stream")),
+            Some(line) if line.welcomed => None,
+            _ => needs.then_some((number, "is not connected")),
+        }
+    })
+}
+
+/// Whether everything but the streams is as it should be once nothing goes wrong any more; otherwise what is not yet.
 ///
 /// # Errors
 /// What is not settled.
@@ -66,8 +81,8 @@ pub fn settled(hosts: &[Host], tree: &TreeView, memory: &Memory, settings: &Sett
         let Some(place) = host.place().filter(|_| host.ready) else {
             return Err(format!("{name} does not know that it is ready"));
         };
-        if !host.is_quiet() || !host.line.as_ref().is_some_and(|line| line.welcomed) {
-            return Err(format!("{name} is busy or not connected"));
+        if !host.is_quiet() {
+            return Err(format!("{name} is busy"));
         }
         if place.epoch != memory.in_force(name) {
             return Err(format!(
@@ -75,6 +90,9 @@ pub fn settled(hosts: &[Host], tree: &TreeView, memory: &Memory, settings: &Sett
                 place.epoch,
                 memory.in_force(name)
             ));
+        }
+        if memory.waits(name) {
+            return Err(format!("{name} is not told of all its paths yet"));
         }
         for (index, stripe) in (0u16..).zip(&place.stripes) {
             let Some((theirs, _)) = parents.get(&(number, index)) else {

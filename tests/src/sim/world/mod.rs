@@ -17,13 +17,16 @@ use super::chance::Chance;
 use super::check::{Memory, Violation};
 use super::edges;
 use super::host::{CONTENT, For, Host, Message, Reply};
-use super::scenario::{BEAT_MS, FAULTS_MS, Scenario};
-use super::settled::settled;
+use super::scenario::{BEAT_MS, FAULTS_MS, LEASE_MS, Scenario};
+use super::settled::{settled, unconnected};
 use super::volt::{Request, Volt};
 use super::{Counts, SETTLE_BEATS};
 
 /// How long settled trees must stay as they are.
 const REST_BEATS: u64 = 4;
+/// In so long a host whose stream two late messages in a row took from it has another: before its lease ends, of which the silence
+/// took three beats.
+const RECONNECT_MS: u64 = LEASE_MS - 3 * BEAT_MS;
 /// Lines of a trace that are kept: the last ones.
 const TRACE_LINES: usize = 200_000;
 
@@ -80,8 +83,8 @@ pub struct World {
     splits: Vec<(u64, Vec<bool>)>,
     turn_due: bool,
     settled_at: Option<(u64, Epoch)>,
-    /// The epoch at the last look.
-    seen: Option<Epoch>,
+    /// Since when hosts are without a stream, as the looks found them.
+    unconnected: BTreeMap<usize, u64>,
     unsettled: String,
     scratch: Vec<u32>,
     counts: Counts,
@@ -160,7 +163,7 @@ impl World {
             splits: Vec::new(),
             turn_due: false,
             settled_at: None,
-            seen: None,
+            unconnected: BTreeMap::new(),
             unsettled: String::new(),
             scratch: Vec::new(),
             counts: Counts::default(),
@@ -229,10 +232,8 @@ impl World {
             self.now = at;
             self.counts.events += 1;
             self.take(event);
-            if self
-                .settled_at
-                .is_some_and(|(at, _)| self.now > at + REST_BEATS * BEAT_MS)
-            {
+            let is_over = |(at, _)| self.now > at + REST_BEATS * BEAT_MS;
+            if self.settled_at.is_some_and(is_over) && self.unconnected.is_empty() {
                 break;
             }
         }
@@ -278,8 +279,7 @@ impl World {
 
     fn delay(&mut self) -> u64 {
         let network = self.scenario.network;
-        // Two such in a row are a silence, for which a host takes a stream for dead: a fault of the network's, which ends with the others.
-        if self.is_faulty() && self.chance.permille(network.late) {
+        if self.chance.permille(network.late) {
             self.chance.within(network.delay, 1_500)
         } else {
             self.chance.within(0, network.delay + 1)
@@ -392,19 +392,9 @@ impl World {
         if self.now <= FAULTS_MS {
             return;
         }
-        let is_broken = |host: &Host| host.line.as_ref().is_some_and(|l| self.broken.contains(&l.conn));
-        let outcome = match self.hosts.iter().find(|host| is_broken(host)) {
-            Some(host) => Err(format!("{} waits on a dead stream", host.info.name)),
-            None => settled(&self.hosts, &tree, &self.memory, &self.scenario.settings),
-        };
-        // A change may take several messages: what stands between two of them is not settled.
-        let seen = self.seen.replace(tree.epoch);
-        let outcome = match self.settled_at {
-            None if seen != Some(tree.epoch) => {
-                outcome.and(Err("something changed within the last beat".into()))
-            }
-            _ => outcome,
-        };
+        let outcome = self
+            .connected()
+            .and_then(|()| settled(&self.hosts, &tree, &self.memory, &self.scenario.settings));
         match (outcome, self.settled_at) {
             (Ok(()), None) => {
                 self.settled_at = Some((self.now, tree.epoch));
@@ -438,6 +428,23 @@ impl World {
             }
             (Err(why), None) => self.unsettled = why,
         }
+    }
+
+    /// Whether everybody has a stream that it needs. Where messages may be late, two such in a row are a silence for which a host takes its
+    /// stream for dead, by right: what was settled is so still if it has another in time.
+    fn connected(&mut self) -> Result<(), String> {
+        let is_dead = |conn| self.broken.contains(&conn);
+        let now: Vec<(usize, &str)> = unconnected(&self.hosts, is_dead).collect();
+        self.unconnected
+            .retain(|host, _| now.iter().any(|(other, _)| other == host));
+        let by_right = self.settled_at.is_some() && self.scenario.network.late > 0;
+        for (host, why) in now {
+            let ms = self.now - *self.unconnected.entry(host).or_insert(self.now);
+            if !by_right || ms > RECONNECT_MS {
+                return Err(format!("h{host} {why}, for {ms} ms"));
+            }
+        }
+        Ok(())
     }
 
     fn check_moves(&self) -> Result<(), Violation> {
