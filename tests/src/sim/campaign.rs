@@ -11,7 +11,15 @@ use super::bugs::{self, Bug};
 use super::{Counts, Options, Outcome, Violation};
 
 /// Seeds that found something once, with the size of their fleet: they are run first. What each found stands in `docs/simulation.md`.
-pub const REGRESSIONS: &[(u64, usize)] = &[(24, 40), (34, 40), (46, 40), (200_004, 12), (200_052, 12)];
+pub const REGRESSIONS: &[(u64, usize)] = &[
+    (24, 40),
+    (34, 40),
+    (46, 40),
+    (116, 24),
+    (923, 24),
+    (200_004, 12),
+    (200_052, 12),
+];
 
 /// Which seeds are run, and how.
 #[derive(Debug, Clone)]
