@@ -78,8 +78,32 @@ struct StatusJson {
     coordinator_connected: bool,
     uptime_ms: u64,
     cache_used_bytes: u64,
+    room: Option<RoomJson>,
     bases: Vec<BaseJson>,
     store: Vec<StoredJson>,
+}
+
+/// The file system of the VMs' writes.
+#[derive(Debug, Serialize)]
+struct RoomJson {
+    free_bytes: u64,
+    size_bytes: u64,
+    /// enough, low or full.
+    level: &'static str,
+}
+
+impl From<v1::Room> for RoomJson {
+    fn from(room: v1::Room) -> Self {
+        Self {
+            free_bytes: room.free_bytes,
+            size_bytes: room.size_bytes,
+            level: match room.level() {
+                v1::RoomLevel::Low => "low",
+                v1::RoomLevel::Full => "full",
+                v1::RoomLevel::Enough | v1::RoomLevel::Unspecified => "enough",
+            },
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -212,6 +236,7 @@ async fn show(options: &Options, name: &HostName, json: JsonFlag) -> Result<(), 
         coordinator_connected: status.coordinator_connected,
         uptime_ms: status.uptime_ms,
         cache_used_bytes: status.cache_used_bytes,
+        room: status.room.map(RoomJson::from),
         bases: status.bases.into_iter().map(BaseJson::from).collect(),
         store: status.store.iter().map(StoredJson::from).collect(),
     };
@@ -297,6 +322,18 @@ fn render_status(status: &StatusJson) -> String {
         host.plane,
         output::bytes(status.cache_used_bytes),
     );
+    if let Some(room) = &status.room {
+        let (free, size) = (output::bytes(room.free_bytes), output::bytes(room.size_bytes));
+        text += &match room.level {
+            "full" => format!(
+                "NO ROOM for VMs' writes: {free} of {size} free; VMs stand still until there is more\n"
+            ),
+            "low" => format!(
+                "LITTLE ROOM for VMs' writes: {free} of {size} free; destroy VMs or snapshots that nobody needs\n"
+            ),
+            _ => format!("room for VMs' writes: {free} of {size}\n"),
+        };
+    }
     if !status.store.is_empty() {
         text += "\nSTORE\n";
         let mut table = Table::new(&[

@@ -1,7 +1,7 @@
 //! Which plane the agent runs, from what a person chose.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use treeboot_types::HostName;
@@ -131,13 +131,23 @@ pub enum PlaneOpenError {
     NotBuilt,
 }
 
+impl PlaneOptions {
+    /// Where VMs' writes go, below the state directory.
+    pub(crate) fn deltas(&self, state: &Path) -> PathBuf {
+        state.join(match self.plane {
+            PlaneName::User => "deltas",
+            PlaneName::Kernel => "kernel-deltas",
+        })
+    }
+}
+
 /// Starts the chosen plane.
 pub(crate) fn open(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, PlaneOpenError> {
     match options.plane {
         PlaneName::User => Ok(Arc::new(UserPlane::open(UserSettings {
             host: places.host,
             state: places.state.clone(),
-            deltas: places.state.join("deltas"),
+            deltas: options.deltas(&places.state),
             cache: places.cache,
             store: places.store,
             portals: vec![places.portal],
@@ -160,7 +170,7 @@ fn kernel(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, Plan
     Ok(Arc::new(KernelPlane::open(KernelSettings {
         host: places.host,
         state: places.state.join("kernel"),
-        deltas: places.state.join("kernel-deltas"),
+        deltas: options.deltas(&places.state),
         cache: places.cache,
         store: places.store,
         portals: vec![places.portal],

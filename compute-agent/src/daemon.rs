@@ -301,6 +301,7 @@ impl Daemon {
         let settings = Settings {
             name: options.name.clone(),
             instance,
+            deltas_dir: options.plane.deltas(&state),
             state_dir: state,
             store_dir: store,
             coordinator: coordinator.clone(),

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use treeboot_daemon::http::metrics::{Family, Labels};
-use treeboot_daemon::http::{Check, Face, Method, Route, Vitals};
+use treeboot_daemon::http::{Check, Condition, Face, Method, Route, Vitals};
 use treeboot_proto::v1;
 
-use crate::host::{Host, VmReport, VmRun};
+use crate::host::{Host, Room, RoomLevel, VmReport, VmRun};
 use crate::rpc;
 
 const ROUTES: &[Route] = &[
@@ -68,16 +68,35 @@ impl Vitals for Life {
         vec![
             Check::new("coordinator", alone),
             Check::new("journal", self.0.journal_problem().await),
+            Check {
+                name: "room",
+                condition: condition_of(self.0.room().await),
+            },
         ]
     }
 
     async fn figures(&self) -> Vec<Family> {
-        let status = rpc::status_of(&self.0);
+        let status = rpc::status_of(&self.0).await;
         let vms = self.0.vms().await;
         let mut families = of_host(&self.0, &status);
         families.extend(of_bases(&status.bases));
         families.extend(of_vms(&self.0, &vms));
         families
+    }
+}
+
+/// What little room means for whoever places VMs: none is to be placed where there is none.
+fn condition_of(room: Option<Room>) -> Condition {
+    let Some(room) = room else {
+        return Condition::Good;
+    };
+    let free = room.free_bytes >> 20;
+    match room.level() {
+        RoomLevel::Enough => Condition::Good,
+        RoomLevel::Low => Condition::Busy(format!("{free} MiB are left for VMs' writes; make room soon")),
+        RoomLevel::Full => Condition::Impaired(format!(
+            "{free} MiB are left for VMs' writes: VMs stand still until there is room; destroy VMs or snapshots that nobody needs"
+        )),
     }
 }
 
@@ -112,6 +131,16 @@ fn of_host(host: &Host, status: &v1::StatusResponse) -> Vec<Family> {
             "treeboot_agent_store_bytes",
             "Allocated by the images in this origin's store.",
             store.values().sum::<u64>() as f64,
+        ),
+        Family::gauge(
+            "treeboot_agent_room_bytes",
+            "Free in the file system of the VMs' writes; where it is full they stand still.",
+            status.room.map_or(f64::NAN, |room| room.free_bytes as f64),
+        ),
+        Family::gauge(
+            "treeboot_agent_room_size_bytes",
+            "The size of that file system.",
+            status.room.map_or(f64::NAN, |room| room.size_bytes as f64),
         ),
     ]
 }
@@ -253,6 +282,7 @@ fn of_vms(host: &Host, vms: &[VmReport]) -> Vec<Family> {
         };
         *states.entry(state).or_default() += 1;
     }
+    let is_paused = |vm: &&VmReport| vm.running.as_ref().is_some_and(|running| running.is_paused());
     let errors = |vm: &VmReport| vm.stats.failed_reads + vm.stats.failed_writes + vm.stats.failed_flushes;
     vec![
         Family::gauges(
@@ -266,6 +296,11 @@ fn of_vms(host: &Host, vms: &[VmReport]) -> Vec<Family> {
             "treeboot_agent_disks",
             "VMs' disks on this host.",
             host.desired().disks.len() as f64,
+        ),
+        Family::gauge(
+            "treeboot_agent_vms_paused",
+            "VMs that stand still because their disk answers with errors: no room, or no parent.",
+            vms.iter().filter(is_paused).count() as f64,
         ),
         Family::gauge(
             "treeboot_agent_vm_io_errors",

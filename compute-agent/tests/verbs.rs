@@ -62,6 +62,7 @@ async fn rig(at: usize) -> Rig {
         name: HostName::new("h1").unwrap(),
         instance: "test".into(),
         state_dir: dir.path().to_owned(),
+        deltas_dir: dir.path().to_owned(),
         store_dir: None,
         keys: Arc::new(treeboot_agent::keys::Keys::none()),
         dialer: treeboot_identity::tls::Dialer::Insecure,

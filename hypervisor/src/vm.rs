@@ -17,7 +17,10 @@ use crate::qmp::{Qmp, QmpError};
 use crate::spec::{DiskSource, Readiness, RunDir, VmSpec};
 
 mod error;
+mod pauses;
 mod stats;
+
+use pauses::Pauses;
 
 pub use error::{AdoptError, ReadyError, StartError, StopError};
 pub use stats::BlockStats;
@@ -38,6 +41,8 @@ const QUIT_LIMIT: Duration = Duration::from_secs(10);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// First and longest wait before a guest that stands still for a disk error is resumed.
 const RESUME_BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// A guest that meets no error for so long after it was resumed goes on.
+const GOES_ON_AFTER: Duration = Duration::from_secs(1);
 /// Most bytes of QEMU's last words in an error.
 const MAX_WORDS_BYTES: usize = 600;
 
@@ -47,6 +52,7 @@ pub struct RunningVm {
     spec: VmSpec,
     process: Process,
     forward: Option<u16>,
+    pauses: Pauses,
 }
 
 /// How to stop.
@@ -295,6 +301,7 @@ impl RunningVm {
                 spec: kept.spec,
                 process,
                 forward: kept.forward,
+                pauses: Pauses::default(),
             }),
             _ => Err(not_running()),
         }
@@ -332,6 +339,16 @@ impl RunningVm {
 
     fn dir(&self) -> RunDir<'_> {
         RunDir(&self.spec.run_dir)
+    }
+
+    /// Whether the guest stands still because its disk answers with errors, for instance for want of room. It is resumed again and again.
+    pub fn is_paused(&self) -> bool {
+        self.pauses.now()
+    }
+
+    /// How often it stood still since this process knows it.
+    pub fn pauses(&self) -> u64 {
+        self.pauses.count()
     }
 
     /// Waits until the guest is seen to be up, and resumes it as [`RunningVm::supervise`] does. Returns the line that told.
@@ -451,13 +468,24 @@ impl RunningVm {
                 if self.state().await? == VmState::DiskError {
                     return Ok(true);
                 }
-                while let Some(event) = events.event().await? {
-                    let stopped = event.data.get("action").and_then(Value::as_str) == Some("stop");
-                    if event.name == "BLOCK_IO_ERROR" && stopped {
-                        return Ok::<_, QmpError>(true);
+                let stops = async {
+                    while let Some(event) = events.event().await? {
+                        let stopped = event.data.get("action").and_then(Value::as_str) == Some("stop");
+                        if event.name == "BLOCK_IO_ERROR" && stopped {
+                            return Ok::<_, QmpError>(true);
+                        }
                     }
+                    Ok(false)
+                };
+                tokio::pin!(stops);
+                tokio::select! {
+                    stops = &mut stops => return stops,
+                    () = tokio::time::sleep(GOES_ON_AFTER) => {}
                 }
-                Ok(false)
+                if self.pauses.end() {
+                    tracing::info!(vm = %self.spec.name, "the guest goes on");
+                }
+                stops.await
             };
             let began = Instant::now();
             let paused = tokio::select! {
@@ -467,13 +495,15 @@ impl RunningVm {
             if began.elapsed() > RESUME_BACKOFF.1 {
                 backoff = RESUME_BACKOFF.0;
             }
+            if matches!(paused, Ok(true)) && self.pauses.begin() {
+                tracing::warn!(vm = %self.spec.name, "the disk answered with an error; the guest is paused, and resumed until it goes on");
+            }
             if self.process.wait_for(backoff).await {
                 return;
             }
             backoff = (backoff * 2).min(RESUME_BACKOFF.1);
             match paused {
                 Ok(true) => {
-                    tracing::warn!(vm = %self.spec.name, "the disk answered with an error; the guest was paused and is resumed");
                     if let Err(error) = self.resume().await {
                         tracing::warn!(vm = %self.spec.name, %error, "cannot resume the guest; trying again");
                     }

@@ -19,7 +19,7 @@ pub(crate) struct VmJson {
     pub(crate) name: String,
     pub(crate) host: String,
     pub(crate) image: String,
-    /// created, starting, ready, stopped or failed.
+    /// created, starting, ready, paused, stopped or failed.
     pub(crate) state: &'static str,
     pub(crate) error: Option<String>,
     pub(crate) ready_us: Option<u64>,
@@ -44,6 +44,8 @@ pub(crate) struct VmJson {
     pub(crate) read_operations: u64,
     pub(crate) read_time_ns: u64,
     pub(crate) io_errors: u64,
+    /// How often it stood still for its disk.
+    pub(crate) pauses: u64,
 }
 
 impl VmJson {
@@ -55,7 +57,7 @@ impl VmJson {
     /// A row of what an agent says of a VM and of its disk; one of them may be missing.
     pub(crate) fn of(host: &str, vm: Option<v1::Vm>, disk: Option<v1::Disk>) -> Self {
         let text = |text: String| (!text.is_empty()).then_some(text);
-        let state = vm.as_ref().map_or("created", |vm| state(vm.state()));
+        let state = vm.as_ref().map_or("created", state);
         // Bytes are QEMU's own where it runs, and else what the disk's target counted.
         let has_vm = vm.is_some();
         let (vm, disk) = (vm.unwrap_or_default(), disk.unwrap_or_default());
@@ -92,12 +94,14 @@ impl VmJson {
             read_operations: vm.read_operations,
             read_time_ns: vm.read_time_ns,
             io_errors: vm.io_errors,
+            pauses: vm.pauses,
         }
     }
 }
 
-fn state(state: v1::VmState) -> &'static str {
-    match state {
+fn state(vm: &v1::Vm) -> &'static str {
+    match vm.state() {
+        v1::VmState::Starting | v1::VmState::Ready if vm.paused => "paused",
         v1::VmState::Starting => "starting",
         v1::VmState::Ready => "ready",
         v1::VmState::Stopped => "stopped",
@@ -223,13 +227,25 @@ mod tests {
             ready_us: 0,
             ..Default::default()
         };
-        let rows = [VmJson::of("h", None, Some(disk)), VmJson::of("h", Some(vm), None)];
+        let paused = v1::Vm {
+            name: "c".into(),
+            state: v1::VmState::Ready.into(),
+            error: String::new(),
+            paused: true,
+            ..vm.clone()
+        };
+        let rows = [
+            VmJson::of("h", None, Some(disk)),
+            VmJson::of("h", Some(vm), None),
+            VmJson::of("h", Some(paused), None),
+        ];
         assert_eq!((rows[0].state, rows[0].read_bytes), ("created", 5));
         assert_eq!(
             render(&rows),
             "VM  HOST  IMAGE     STATE    READY AFTER  READ  WRITTEN  DELTA\n\
              a   h     debian@1  created                5 B      0 B    0 B\n\
-             b   h     debian@1  failed                 0 B      0 B    0 B  QEMU ended\n"
+             b   h     debian@1  failed                 0 B      0 B    0 B  QEMU ended\n\
+             c   h     debian@1  paused                 0 B      0 B    0 B\n"
         );
     }
 }

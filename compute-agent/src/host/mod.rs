@@ -11,6 +11,7 @@ mod many;
 mod mend;
 mod report;
 mod restore;
+mod room;
 mod secure;
 mod stored;
 pub(crate) mod view;
@@ -45,6 +46,7 @@ use vm::{VmHandle, VmMsg};
 
 pub use error::{HostError, chain};
 pub use report::{MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
+pub use room::{Room, RoomLevel};
 pub use stored::Imported;
 
 /// How long a call waits for an attachment to be readable and registered. Levels of a cold tree become readable one
@@ -62,6 +64,8 @@ pub struct Settings {
     pub instance: String,
     /// Where VMs' run directories and the probe's result go.
     pub state_dir: PathBuf,
+    /// Where VMs' writes go.
+    pub deltas_dir: PathBuf,
     /// Where imports go; absent where the host is no origin.
     pub store_dir: Option<PathBuf>,
     /// The coordinator's URL.
@@ -224,6 +228,8 @@ impl Host {
         host.shared.tasks.spawn(async move { rekeyed.rekey().await });
         let prober = host.clone();
         host.shared.tasks.spawn(async move { prober.probe().await });
+        let watcher = host.clone();
+        host.shared.tasks.spawn(async move { watcher.watch_room().await });
         Ok((host, refusal))
     }
 

@@ -11,7 +11,7 @@ use treeboot_types::{ImageRef, VmName};
 
 use super::invalid;
 use crate::doctor::Finding;
-use crate::host::{Host, Imported, MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
+use crate::host::{Host, Imported, MEMORY_MIB, READY_LIMIT, RoomLevel, StartRequest, VmReport, VmRun};
 use crate::plane::{BaseStats, PathStats};
 
 /// Longest text that a console is searched for.
@@ -55,7 +55,8 @@ pub(super) fn imported(imported: &Imported) -> v1::ImportResponse {
     }
 }
 
-pub(crate) fn status(host: &Host) -> v1::StatusResponse {
+pub(crate) async fn status(host: &Host) -> v1::StatusResponse {
+    let room = host.room().await;
     let desired = host.desired();
     let mut cache_used_bytes = 0;
     let mut bases = Vec::new();
@@ -103,6 +104,16 @@ pub(crate) fn status(host: &Host) -> v1::StatusResponse {
         store,
         cache_used_bytes,
         uptime_ms: host.uptime().as_millis() as u64,
+        room: room.map(|room| v1::Room {
+            free_bytes: room.free_bytes,
+            size_bytes: room.size_bytes,
+            level: match room.level() {
+                RoomLevel::Enough => v1::RoomLevel::Enough,
+                RoomLevel::Low => v1::RoomLevel::Low,
+                RoomLevel::Full => v1::RoomLevel::Full,
+            }
+            .into(),
+        }),
     }
 }
 
@@ -168,6 +179,8 @@ pub(super) fn vm(report: &VmReport) -> v1::Vm {
         read_operations: stats.read_operations,
         read_time_ns: stats.read_time_ns,
         io_errors: stats.failed_reads + stats.failed_writes + stats.failed_flushes,
+        paused: running.is_some_and(|running| running.is_paused()),
+        pauses: running.map_or(0, |running| running.pauses()),
     }
 }
 

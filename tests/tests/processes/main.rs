@@ -17,6 +17,7 @@ mod kernel_initiator;
 mod kills;
 mod names;
 mod record;
+mod room;
 mod sectors;
 mod serve;
 mod snapshots;
