@@ -50,6 +50,12 @@ impl Place {
         hosts
     }
 
+    /// Something of an earlier place is not over yet, so that what it is to be told, or who lets it in, may change although
+    /// its place does not.
+    pub(super) fn is_in_between(&self) -> bool {
+        !(self.held_back.is_empty() && self.stale.is_empty() && self.barred.is_empty())
+    }
+
     /// This host is about to be told of these children.
     pub(super) fn note_children(&mut self, children: &[Child]) {
         self.is_confirmed = false;

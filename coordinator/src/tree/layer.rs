@@ -4,7 +4,7 @@
 //! A slot is divided into as many *shares* as a host has active parents, so that a host with two parents takes half
 //! a slot of each. Every edge leads from a vertex to one of smaller depth, which is why there can be no cycle.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use treeboot_types::HostName;
 
@@ -67,7 +67,10 @@ pub(super) struct Taken {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Layer {
-    vertices: BTreeMap<Node, Vertex>,
+    /// Asked for by name only: a search by order compares a dozen names that lie far apart.
+    vertices: HashMap<Node, Vertex>,
+    /// Those of them that read from nobody.
+    roots: BTreeSet<Node>,
     /// Vertices with a free share: nearest the root first, then the least used, then the oldest.
     free: BTreeSet<(u32, u32, u64, Node)>,
     /// Members by depth.
@@ -77,10 +80,19 @@ pub(super) struct Layer {
     members: usize,
     /// Shares of all vertices.
     capacity: u32,
-    /// Whose edges changed since this was taken last.
-    touched: BTreeSet<Node>,
-    /// Whose depth changed since this was taken last.
-    sunk: BTreeSet<Node>,
+    /// What changed since it was taken last.
+    changes: Changes,
+}
+
+/// Vertices of a layer that changed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Changes {
+    /// Those that read from others than before, and those that what is told of them changed otherwise.
+    pub(super) read: BTreeSet<Node>,
+    /// Those that others read from than before.
+    pub(super) feed: BTreeSet<Node>,
+    /// Those at another depth.
+    pub(super) sunk: BTreeSet<Node>,
 }
 
 impl Layer {
@@ -88,8 +100,14 @@ impl Layer {
         self.vertices.get(node)
     }
 
+    /// In no order.
     pub(super) fn vertices(&self) -> impl Iterator<Item = (&Node, &Vertex)> {
         self.vertices.iter()
+    }
+
+    /// The first of those that read from nobody.
+    pub(super) fn root(&self) -> Option<&Node> {
+        self.roots.first()
     }
 
     /// Vertices with a free share: nearest the root first, then the least used, then the oldest.
@@ -127,18 +145,18 @@ impl Layer {
         self.levels.get(&depth).into_iter().flatten()
     }
 
-    /// Whose edges, and whose depth, changed since this was asked last.
-    pub(super) fn take_touched(&mut self) -> (BTreeSet<Node>, BTreeSet<Node>) {
-        (std::mem::take(&mut self.touched), std::mem::take(&mut self.sunk))
+    /// What changed since this was asked last.
+    pub(super) fn take_changes(&mut self) -> Changes {
+        std::mem::take(&mut self.changes)
     }
 
     /// What hosts are told of a vertex may read otherwise now.
     pub(super) fn touch(&mut self, node: &Node) {
-        self.touched.insert(node.clone());
+        self.changes.read.insert(node.clone());
     }
 
     pub(super) fn touch_all(&mut self) {
-        self.touched.extend(self.vertices.keys().cloned());
+        self.changes.read.extend(self.vertices.keys().cloned());
     }
 
     /// Changes a vertex and keeps both indices true.
@@ -205,7 +223,9 @@ impl Layer {
             self.free.insert((depth, 0, joined, node.clone()));
         }
         self.capacity += capacity;
-        if !node.is_root() {
+        if node.is_root() {
+            self.roots.insert(node.clone());
+        } else {
             self.levels.entry(depth).or_default().insert(node.clone());
             if capacity == 0 {
                 self.idle.insert((depth, node.clone()));
@@ -253,16 +273,18 @@ impl Layer {
             *p.children.entry(child.clone()).or_default() += shares;
         });
         self.change(child, |c| *c.parents.entry(parent.clone()).or_default() += shares);
-        self.touched.extend([child.clone(), parent.clone()]);
+        self.changes.read.insert(child.clone());
+        self.changes.feed.insert(parent.clone());
         // Also where its depth here stays 1, the whole way to an origin may be another.
-        self.sunk.insert(child.clone());
+        self.changes.sunk.insert(child.clone());
         self.settle(child);
     }
 
     /// A child gives its shares of a parent back; returns how many. Depths stay until the child is linked again.
     pub(super) fn unlink(&mut self, child: &Node, parent: &Node) -> u32 {
         let mut shares = 0;
-        self.touched.extend([child.clone(), parent.clone()]);
+        self.changes.read.insert(child.clone());
+        self.changes.feed.insert(parent.clone());
         self.change(parent, |p| {
             shares = p.children.remove(child).unwrap_or(0);
             p.used -= shares;
@@ -320,7 +342,7 @@ impl Layer {
                 steps -= 1;
                 waiting.extend(vertex.children.keys().cloned());
                 self.change(&node, |v| v.depth = depth);
-                self.sunk.insert(node);
+                self.changes.sunk.insert(node);
             }
         }
     }

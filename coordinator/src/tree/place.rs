@@ -557,8 +557,12 @@ impl Grove {
 
 /// Where a policy has no room at all, reaching an origin matters more than the origin's fan-out.
 pub(super) fn or_root(tree: &Layer, parents: Option<Parents>, shares: u32) -> Parents {
-    let root = || tree.vertices().map(|(node, _)| node).find(|node| node.is_root());
-    parents.unwrap_or_else(|| root().map(|root| (root.clone(), shares)).into_iter().collect())
+    parents.unwrap_or_else(|| {
+        tree.root()
+            .map(|root| (root.clone(), shares))
+            .into_iter()
+            .collect()
+    })
 }
 
 /// The depth of a host under such parents.

@@ -3,7 +3,7 @@
 //! The order is part of the safety: first those who lose children, so that nobody feeds a host that moved; then from
 //! the root downward, so that a parent knows its child before the child comes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use treeboot_types::{
@@ -13,7 +13,7 @@ use treeboot_types::{
 use crate::planted::{Bug, planted};
 
 use super::layer::Node;
-use super::stripe::FALLBACK_LEVELS;
+use super::stripe::{Doubt, FALLBACK_LEVELS};
 use super::{
     AttachmentRecord, Change, Effect, Forest, Grove, HeldOf, HeldShare, Key, Note, Place, Push, Record, Told,
     bar, place,
@@ -26,6 +26,7 @@ struct News {
     depth: u32,
     host: HostName,
     image: ImageId,
+    /// Until it is noted as such.
     told: Told,
     /// The host has other parents than before.
     moves: bool,
@@ -44,21 +45,22 @@ impl Forest {
             news.iter_mut().for_each(|n| n.told.epoch = epoch);
         }
         news.sort_by(|a, b| (!a.takes, a.depth, &a.host).cmp(&(!b.takes, b.depth, &b.host)));
-        for item in &news {
+        for item in &mut news {
             let Some(grove) = self.images.get_mut(&item.image) else {
                 continue;
             };
+            let told = std::mem::take(&mut item.told);
             if let Some(place) = grove.places.get_mut(&item.host) {
                 if item.fences {
-                    place.position = item.told.epoch;
+                    place.position = told.epoch;
                 }
                 if grove.image.stripes > 1 {
-                    place.note_children(&item.told.children);
+                    place.note_children(&told.children);
                 }
-                place.told = item.told.clone();
+                place.told = told;
                 self.unsaved.insert((item.image.clone(), item.host.clone()));
             } else {
-                grove.origins_told.insert(item.host.clone(), item.told.clone());
+                grove.origins_told.insert(item.host.clone(), told);
             }
         }
         for (image, grove) in &mut self.images {
@@ -184,52 +186,78 @@ impl Forest {
             let Some(grove) = self.images.get(&image) else {
                 continue;
             };
-            let mut agents: BTreeSet<HostName> = touched.iter().filter_map(|n| grove.agent_of(n)).collect();
+            let mut agents: BTreeMap<HostName, Doubt> = BTreeMap::new();
+            for (node, doubt) in touched {
+                if let Some(host) = grove.agent_of(&node) {
+                    let known = agents.entry(host).or_default();
+                    // An origin may not have been told of anything yet.
+                    known.paths |= doubt.paths || node.is_root();
+                    known.children |= doubt.children || node.is_root();
+                }
+            }
+            let mut paths = BTreeMap::new();
             if grove.image.stripes > 1 {
-                let placed = agents.iter().filter(|host| grove.places.contains_key(*host));
-                let paths = placed.map(|host| (self.paths_to_tell(grove, host), host.clone()));
-                let paths: Vec<_> = paths.collect();
+                let in_doubt = agents.iter().filter(|(host, doubt)| {
+                    let place = grove.places.get(host);
+                    place.is_some_and(|place| doubt.paths || place.is_in_between())
+                });
+                let told: Vec<_> = in_doubt
+                    .map(|(host, _)| (host.clone(), self.paths_to_tell(grove, host)))
+                    .collect();
                 let Some(grove) = self.images.get_mut(&image) else {
                     continue;
                 };
-                for ((paths, held_back), host) in paths {
+                for (host, (stripes, held_back)) in told {
                     let barred = grove.places.get_mut(&host).map(|place| {
                         if !held_back.is_empty() || !place.held_back.is_empty() {
                             // The record names the parents that it has, of which it may be told nothing new.
                             self.unsaved.insert((image.clone(), host.clone()));
                         }
                         place.held_back = held_back;
-                        place.bar(&paths)
+                        place.bar(&stripes)
                     });
                     for parent in barred.into_iter().flatten() {
-                        agents.insert(parent);
+                        agents.entry(parent).or_default().children = true;
                         self.unsaved.insert((image.clone(), host.clone()));
                     }
+                    paths.insert(host, stripes);
                 }
             }
             let Some(grove) = self.images.get(&image) else {
                 continue;
             };
-            news.extend(
-                agents
-                    .into_iter()
-                    .filter_map(|host| self.news_for(&image, grove, host)),
-            );
+            news.extend(agents.into_iter().filter_map(|(host, doubt)| {
+                let stripes = paths.remove(&host);
+                self.news_for(&image, grove, host, doubt, stripes)
+            }));
         }
         news
     }
 
-    fn news_for(&self, image: &ImageId, grove: &Grove, host: HostName) -> Option<News> {
+    /// `stripes` are the paths of the host, if they are known already.
+    fn news_for(
+        &self,
+        image: &ImageId,
+        grove: &Grove,
+        host: HostName,
+        doubt: Doubt,
+        stripes: Option<Vec<StripePlacement>>,
+    ) -> Option<News> {
         let nobody = Told::default();
-        let (told, is_place) = match grove.places.get(&host) {
-            Some(place) => (&place.told, true),
-            None if grove.is_origin(&host) => (grove.origins_told.get(&host).unwrap_or(&nobody), false),
+        let (told, place) = match grove.places.get(&host) {
+            Some(place) => (&place.told, Some(place)),
+            None if grove.is_origin(&host) => (grove.origins_told.get(&host).unwrap_or(&nobody), None),
             None => return None,
         };
-        let (stripes, children) = self.view(grove, &host);
-        if told.stripes == stripes && told.children == children {
+        let stripes = stripes.or_else(|| doubt.paths.then(|| self.paths_told(grove, &host)));
+        let stripes = stripes.filter(|stripes| told.stripes != *stripes);
+        let children = doubt.children.then(|| children(grove, &host));
+        let children = children.filter(|children| told.children != *children);
+        if stripes.is_none() && children.is_none() {
             return None;
         }
+        let stripes = stripes.unwrap_or_else(|| told.stripes.clone());
+        let children = children.unwrap_or_else(|| told.children.clone());
         // Foreign origins have no names, so they are told apart by where they are.
         let name = |p: &Parent| (p.host.clone(), p.host.is_none().then(|| p.endpoint.clone()));
         let parents = |stripes: &[StripePlacement]| -> Vec<Vec<_>> {
@@ -238,11 +266,8 @@ impl Forest {
                 .map(|s| s.active.iter().map(name).collect())
                 .collect()
         };
-        let moves = is_place && parents(&told.stripes) != parents(&stripes);
-        let waits = grove
-            .places
-            .get(&host)
-            .is_some_and(|place| !place.held_back.is_empty());
+        let moves = place.is_some() && parents(&told.stripes) != parents(&stripes);
+        let waits = place.is_some_and(|place| !place.held_back.is_empty());
         Some(News {
             takes: told.children.iter().any(|child| !children.contains(child)),
             depth: stripes.iter().map(|s| s.depth).max().unwrap_or(0),
@@ -261,9 +286,13 @@ impl Forest {
 
     /// A host's placement as the trees have it.
     pub(super) fn view(&self, grove: &Grove, host: &HostName) -> (Vec<StripePlacement>, Vec<Child>) {
+        (self.paths_told(grove, host), children(grove, host))
+    }
+
+    fn paths_told(&self, grove: &Grove, host: &HostName) -> Vec<StripePlacement> {
         let nothing = bar::Paths::new();
         let held_back = grove.places.get(host).map_or(&nothing, |place| &place.held_back);
-        (self.paths(grove, host, held_back), children(grove, host))
+        self.paths(grove, host, held_back)
     }
 
     /// From whom a host is to read by what is known now, and what is held back from it.
@@ -292,13 +321,12 @@ impl Forest {
                 continue;
             };
             let parent = |n: &Node| grove.parent(stripe, n);
-            let held = grove.parents(index, &node);
+            let ancestors = grove.above(index, &node, FALLBACK_LEVELS + 1);
             let is_told = |n: &&Node| match n {
                 Node::Host(name) if !held_back.is_empty() => !held_back.contains(&(stripe, name.clone())),
                 _ => true,
             };
-            let mut active: Vec<&Node> = held.keys().filter(is_told).collect();
-            let ancestors = grove.above(index, &node, FALLBACK_LEVELS + 1);
+            let mut active: Vec<&Node> = ancestors.iter().take(1).flatten().filter(is_told).collect();
             let is_host = |n: &&Node| matches!(n, Node::Host(_));
             let hosts_above = ancestors.iter().skip(1).flatten().filter(is_host).filter(is_told);
             let origins: Vec<Node> = order.iter().map(|&i| Node::Origin(i)).collect();

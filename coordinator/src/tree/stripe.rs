@@ -4,13 +4,24 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use treeboot_types::HostName;
 
+use crate::planted::{Bug, planted};
+
 use super::Grove;
-use super::layer::{Layer, Node};
+use super::layer::{Changes, Layer, Node};
 use super::scope::Scope;
 
 /// How many levels above its parents a host may fall back to, before it goes to the origins: its grandparents and
 /// theirs. Each level more makes every host admit fan-out times as many others, and be told of each of them.
 pub(super) const FALLBACK_LEVELS: usize = 2;
+
+/// What of a placement may read otherwise than before.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Doubt {
+    /// Parents and fallbacks.
+    pub(super) paths: bool,
+    /// Children.
+    pub(super) children: bool,
+}
 
 /// The layers of one stripe; the fleet's is always there.
 #[derive(Debug, Clone, Default)]
@@ -152,14 +163,17 @@ impl Grove {
         stands
     }
 
-    /// Who reads from a host or an origin.
-    pub(super) fn children(&self, stripe: usize, node: &Node) -> BTreeSet<Node> {
-        let mut children = BTreeSet::new();
+    /// Who reads from a host or an origin, in order.
+    pub(super) fn children(&self, stripe: usize, node: &Node) -> Vec<Node> {
+        let mut children = Vec::new();
         for (scope, member) in self.stands(stripe, node) {
             let vertex = self.layer(stripe, &scope).and_then(|layer| layer.get(&member));
             let inner = vertex.into_iter().flat_map(|vertex| vertex.children.keys());
             children.extend(inner.filter_map(|child| self.real(stripe, child)));
         }
+        // Of one member they are in order, unless groups are among them.
+        children.sort_unstable();
+        children.dedup();
         children
     }
 
@@ -199,15 +213,34 @@ impl Grove {
     /// The vertices on the way up, nearest first, in at most `levels` levels; each once.
     pub(super) fn above(&self, stripe: usize, node: &Node, levels: usize) -> Vec<Vec<Node>> {
         walk(node, levels, |node| {
-            self.parents(stripe, node).into_keys().collect()
+            let mut parents = Vec::new();
+            if let Node::Host(host) = node
+                && let Some(scope) = self.scope_of(host)
+            {
+                self.add_parents(stripe, scope, node, &mut parents);
+            }
+            parents.sort_unstable();
+            parents.dedup();
+            parents
         })
+    }
+
+    /// From whom a member of a scope really reads.
+    fn add_parents(&self, stripe: usize, scope: &Scope, member: &Node, into: &mut Vec<Node>) {
+        let vertex = self.layer(stripe, scope).and_then(|layer| layer.get(member));
+        for parent in vertex.into_iter().flat_map(|vertex| vertex.parents.keys()) {
+            match (parent, scope.outer()) {
+                (Node::Entrance, Some(outer)) => {
+                    self.add_parents(stripe, &outer, &Node::Group(scope.clone()), into);
+                }
+                _ => into.extend(self.real(stripe, parent)),
+            }
+        }
     }
 
     /// The hosts on the way down, nearest first, in at most `levels` levels; each once.
     pub(super) fn below(&self, stripe: usize, node: &Node, levels: usize) -> Vec<Vec<Node>> {
-        walk(node, levels, |node| {
-            self.children(stripe, node).into_iter().collect()
-        })
+        walk(node, levels, |node| self.children(stripe, node))
     }
 
     /// All hosts of a scope that stand in a stripe.
@@ -225,62 +258,105 @@ impl Grove {
 
     /// Origins and hosts whose placement may read otherwise since this was asked last: who changed, and all whose placement
     /// names one of those as a parent, a fallback or a child.
-    pub(super) fn take_touched(&mut self) -> BTreeSet<Node> {
-        let mut touched = BTreeSet::new();
+    pub(super) fn take_touched(&mut self) -> BTreeMap<Node, Doubt> {
+        let mut touched = BTreeMap::new();
         for stripe in 0..self.stripes.len() {
-            let mut changed = Vec::new();
-            if let Some(tree) = self.stripes.get_mut(stripe) {
-                for scope in std::mem::take(&mut tree.touched) {
-                    if let Some(layer) = tree.layers.get_mut(&scope) {
-                        changed.push((scope, layer.take_touched()));
-                    }
+            // Those that may read otherwise and feed others, and those that may feed others only.
+            let (mut moved, mut feeders) = (BTreeSet::new(), BTreeSet::new());
+            for (scope, changes) in self.take_changes(stripe) {
+                // Who stands at the entrance reads what the whole group reads.
+                let entrance = [&changes.read, &changes.feed]
+                    .iter()
+                    .any(|nodes| nodes.contains(&Node::Entrance));
+                if entrance {
+                    moved.extend(self.head(stripe, &scope).map(Node::Host));
                 }
-            }
-            let mut seeds = BTreeSet::new();
-            for (scope, (edges, sunk)) in changed {
-                for node in edges {
-                    match node {
-                        Node::Entrance => seeds.extend(self.head(stripe, &scope).map(Node::Host)),
-                        _ => seeds.extend(self.real(stripe, &node)),
-                    }
-                }
-                for node in sunk {
+                moved.extend(changes.read.iter().filter_map(|node| self.real(stripe, node)));
+                feeders.extend(changes.feed.iter().filter_map(|node| self.real(stripe, node)));
+                for node in changes.sunk {
                     match &node {
-                        Node::Group(group) => self.all_of(stripe, group, &mut seeds),
-                        _ => {
-                            seeds.insert(node);
-                        }
+                        Node::Group(group) => self.all_of(stripe, group, &mut moved),
+                        _ => drop(moved.insert(node)),
                     }
                 }
             }
-            for seed in seeds {
-                let levels = FALLBACK_LEVELS + 1;
-                let near = self.above(stripe, &seed, levels).into_iter();
-                let near = near.chain(self.below(stripe, &seed, levels));
-                touched.extend(near.flatten());
-                touched.insert(seed);
+            let levels = FALLBACK_LEVELS + 1;
+            for seed in feeders.union(&moved) {
+                let reads = moved.contains(seed) || planted(Bug::FallbackBelow);
+                let mut doubt = |node: Node, paths, children| {
+                    let doubt: &mut Doubt = touched.entry(node).or_default();
+                    doubt.paths |= paths;
+                    doubt.children |= children;
+                };
+                for node in self.above(stripe, seed, levels).into_iter().flatten() {
+                    doubt(node, false, true);
+                }
+                for node in self.below(stripe, seed, levels).into_iter().flatten() {
+                    doubt(node, reads, false);
+                }
+                doubt(seed.clone(), reads, true);
             }
         }
         touched
     }
+
+    fn take_changes(&mut self, stripe: usize) -> Vec<(Scope, Changes)> {
+        let Some(tree) = self.stripes.get_mut(stripe) else {
+            return Vec::new();
+        };
+        let touched = std::mem::take(&mut tree.touched).into_iter();
+        let changes = touched.filter_map(|scope| {
+            let changes = tree.layers.get_mut(&scope)?.take_changes();
+            Some((scope, changes))
+        });
+        changes.collect()
+    }
 }
 
 fn walk(from: &Node, levels: usize, next: impl Fn(&Node) -> Vec<Node>) -> Vec<Vec<Node>> {
-    let mut seen = BTreeSet::from([from.clone()]);
+    let mut seen = Seen::default();
+    seen.insert(from);
     let mut rows: Vec<Vec<Node>> = Vec::new();
-    let mut row = vec![from.clone()];
     for _ in 0..levels {
+        let row = rows.last().map_or(std::slice::from_ref(from), Vec::as_slice);
         let mut following = Vec::new();
-        for node in row.iter().flat_map(&next) {
-            if seen.insert(node.clone()) {
-                following.push(node);
-            }
+        for node in row {
+            let mut nodes = next(node);
+            nodes.retain(|node| seen.insert(node));
+            following.append(&mut nodes);
         }
         if following.is_empty() {
             break;
         }
-        rows.push(following.clone());
-        row = following;
+        rows.push(following);
     }
     rows
+}
+
+/// Up to so many vertices are compared one by one, which takes less than to keep them in order. Most walks meet fewer.
+const FEW: usize = 32;
+
+/// Vertices that a walk met.
+#[derive(Default)]
+struct Seen {
+    few: Vec<Node>,
+    /// All of them, once they are more than a few.
+    many: BTreeSet<Node>,
+}
+
+impl Seen {
+    /// False where it was met before.
+    fn insert(&mut self, node: &Node) -> bool {
+        if !self.many.is_empty() {
+            return self.many.insert(node.clone());
+        }
+        if self.few.contains(node) {
+            return false;
+        }
+        self.few.push(node.clone());
+        if self.few.len() > FEW {
+            self.many.extend(self.few.drain(..));
+        }
+        true
+    }
 }
