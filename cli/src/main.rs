@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod clone;
 mod delta;
 mod describe;
 mod doctor;
@@ -72,6 +73,7 @@ enum Command {
     /// Take, list, go back to and delete snapshots of VMs' disks
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotVerb),
+    Clone(clone::CloneArgs),
     Describe(describe::DescribeArgs),
     /// Check what a VM wrote
     #[command(subcommand)]
@@ -134,6 +136,7 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Doctor(args) => doctor::run(options, args).await,
         Command::Vm(verb) => vm::run(options, verb).await,
         Command::Snapshot(verb) => snapshot::run(options, verb).await,
+        Command::Clone(args) => clone::run(options, args).await,
         Command::Describe(args) => describe::run(options, args).await,
         Command::Delta(verb) => delta::run(options, verb).await,
         Command::Fleet(verb) => fleet::run(options, verb).await,

@@ -172,6 +172,9 @@ pub struct DiskState {
     /// It is a block device of the host, too.
     #[serde(default)]
     pub device: bool,
+    /// The transfer that it came by, where it came from another VM: the same one is not taken twice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<u64>,
 }
 
 /// How a VM was last started or ended; the rest lies in its run directory.

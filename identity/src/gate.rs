@@ -59,6 +59,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/CheckDelta", Need::Person(Role::Operator)),
     ("Agent/Clone", Need::Person(Role::Operator)),
     ("Agent/Migrate", Need::Person(Role::Operator)),
+    ("Agent/ReceiveDisk", Need::Host),
     ("Agent/Attach", Need::Person(Role::Operator)),
     ("Agent/Detach", Need::Person(Role::Operator)),
     ("Agent/Doctor", Need::Person(Role::Operator)),

@@ -435,15 +435,15 @@ impl ServerCertVerifier for Verifier {
 pub enum Dialer {
     /// Without TLS.
     Insecure,
-    /// With TLS.
-    Mutual(Arc<ClientConfig>),
+    /// With TLS; and whom it trusts and what it shows, for other peers.
+    Mutual(Arc<ClientConfig>, Option<Arc<Holder>>),
 }
 
 impl fmt::Debug for Dialer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Insecure => "Insecure",
-            Self::Mutual(_) => "Mutual",
+            Self::Mutual(..) => "Mutual",
         })
     }
 }
@@ -456,6 +456,18 @@ impl Dialer {
     pub fn mutual(holder: &Holder, expected: Who) -> Result<Self, SetupError> {
         let trust = Trust::Authority(holder.current().authority().clone());
         Self::build(trust, expected, Some(holder))
+    }
+
+    /// The same, to another peer.
+    ///
+    /// # Errors
+    /// [`SetupError`]; also where this one shows nothing.
+    pub fn to(&self, expected: Who) -> Result<Self, SetupError> {
+        match self {
+            Self::Insecure => Ok(Self::Insecure),
+            Self::Mutual(_, Some(holder)) => Self::mutual(holder, expected),
+            Self::Mutual(_, None) => Err(SetupError("there is no certificate to show".into())),
+        }
     }
 
     /// Shows nothing, and speaks to nobody but the coordinator whose authority has this fingerprint.
@@ -484,7 +496,7 @@ impl Dialer {
         };
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
-        Ok(Self::Mutual(Arc::new(config)))
+        Ok(Self::Mutual(Arc::new(config), holder.cloned().map(Arc::new)))
     }
 
     async fn dial(self, uri: tonic::codegen::http::Uri) -> io::Result<TokioIo<Connection>> {
@@ -499,7 +511,7 @@ impl Dialer {
         let address = stream.peer_addr()?;
         let stream = match self {
             Self::Insecure => Transport::Plain(stream),
-            Self::Mutual(config) => {
+            Self::Mutual(config, _) => {
                 // Nobody looks at it: the verifier asks for the name in the certificate.
                 let name = ServerName::try_from("treeboot.invalid").map_err(io::Error::other)?;
                 let shake = TlsConnector::from(config).connect(name, stream);

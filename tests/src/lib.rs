@@ -18,6 +18,7 @@ pub mod measure;
 pub mod need;
 pub mod network;
 pub mod reader;
+pub mod relay;
 pub mod scratch;
 pub mod sim;
 pub mod stats;

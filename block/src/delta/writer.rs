@@ -155,6 +155,26 @@ impl Core {
         Ok(())
     }
 
+    /// Takes blocks in that come from elsewhere, whatever was there. `data` has whole blocks; without it they are zero.
+    pub(crate) fn put(&self, first: u64, count: u64, data: Option<&[u8]>) -> io::Result<()> {
+        let mut writer = self.writer.lock();
+        self.begin(&mut writer)?;
+        writer.unsynced = true;
+        let place = self.place(first * BLOCK);
+        let state = match data {
+            None => State::Zero,
+            Some(data) => {
+                self.storage.write_at(place, data)?;
+                State::Data
+            }
+        };
+        self.change_map(&mut writer, first, first + count, state)?;
+        if data.is_none() {
+            let _only_space = self.storage.punch(place, count * BLOCK);
+        }
+        Ok(())
+    }
+
     /// Makes the blocks `first..end` zero and gives their space back.
     pub(crate) fn discard(&self, first: u64, end: u64) -> Result<(), BlockError> {
         let mut writer = self.writer.lock();

@@ -137,7 +137,7 @@ async fn take(disk: &LayeredDisk, step: &Step, tag: u64) -> Result<(), String> {
         Step::RollBack(n) => disk.roll_back(&name(&format!("s{n}"))).await.map_err(text),
         Step::Forget(n) => disk.forget(&name(&format!("s{n}"))).await.map_err(text),
         Step::Hold => disk.hold(5).await.map(drop).map_err(text),
-        Step::Release => disk.release(5).await.map_err(text),
+        Step::Release => disk.release(None).await.map_err(text),
         Step::Tidy => loop {
             if !disk.tidy().await.map_err(text)? {
                 return Ok(());
@@ -184,7 +184,7 @@ async fn check(disk: &LayeredDisk, worlds: &[&World], power_cut: bool, what: &st
 
 /// It takes writes and snapshots as ever, nothing is spare, and all checksums are right.
 async fn goes_on(folder: &Arc<ModelFolder>, disk: LayeredDisk, what: &str) {
-    disk.release(5).await.unwrap();
+    disk.release(None).await.unwrap();
     disk.write(8192, &pattern(777).repeat(16)).await.unwrap();
     disk.snapshot(snapshot("after")).await.unwrap();
     let content = read_device(&disk).await;

@@ -450,11 +450,11 @@ impl LayeredDisk {
         Ok(id)
     }
 
-    /// A transfer has ended.
+    /// A transfer has ended; without one, all have.
     ///
     /// # Errors
     /// The manifest cannot be written.
-    pub async fn release(&self, transfer: u64) -> Result<(), LayerError> {
+    pub async fn release(&self, transfer: Option<u64>) -> Result<(), LayerError> {
         let _one = self.changing.lock().await;
         let mut tree = self.tree();
         if !tree.release(transfer) {
@@ -462,6 +462,11 @@ impl LayeredDisk {
         }
         let shared = Arc::clone(&self.shared);
         blocking(move || shared.rename(tree)).await
+    }
+
+    /// What a transfer holds, as a disk of its own.
+    pub fn held(&self, transfer: u64) -> Option<Frozen> {
+        self.tree().held_by(transfer).map(|layer| self.frozen(layer))
     }
 
     /// The disk as it was when `layer`, which is frozen, was frozen.

@@ -200,7 +200,7 @@ fn what_a_transfer_holds_stays_and_layers_have_an_end() {
     let held = tree.hold_live(9).unwrap();
     tree.snapshot(snapshot("a")).unwrap();
     assert_eq!((tree.tidy(), tree.held_by(9)), (None, Some(held)));
-    assert!(tree.release(9) && !tree.release(9));
+    assert!(tree.release(Some(9)) && !tree.release(Some(9)));
     assert_eq!(tree.tidy(), Some(Tidy::Merge { layer: held, into: 1 }));
     for n in tree.layers().len()..MAX_LAYERS {
         tree.snapshot(snapshot(&format!("s{n}"))).unwrap();
@@ -371,7 +371,7 @@ fn on_real_files_a_disk_goes_through_its_life() {
         assert_eq!(frozen.content(0, 1 << 16), (Content::Data, 8192));
         assert_eq!(frozen.content(8192, 4096), (Content::Base, 4096));
         disk.roll_back(&name("a")).await.unwrap_err();
-        disk.release(4).await.unwrap();
+        disk.release(Some(4)).await.unwrap();
         disk.roll_back(&name("a")).await.unwrap();
         tidy_all(&disk).await;
         let mut buf = vec![0; 512];

@@ -230,12 +230,14 @@ impl LayerTree {
         held.map(|(&id, _)| id)
     }
 
-    /// A transfer has ended. Whether it held anything.
-    pub fn release(&mut self, transfer: u64) -> bool {
+    /// A transfer has ended; without one, all have. Whether any held anything.
+    pub fn release(&mut self, transfer: Option<u64>) -> bool {
         let mut held = false;
         for layer in self.layers.values_mut() {
             let before = layer.holds.len();
-            layer.holds.retain(|hold| *hold != transfer);
+            layer
+                .holds
+                .retain(|hold| transfer.is_some_and(|ended| *hold != ended));
             held |= layer.holds.len() != before;
         }
         held

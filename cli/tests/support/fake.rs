@@ -365,6 +365,8 @@ impl FakeAgent {
 #[tonic::async_trait]
 impl Agent for FakeAgent {
     type AccessMapStream = Answers<v1::AccessMapPart>;
+    type CloneStream = Answers<v1::CloneProgress>;
+    type ReceiveDiskStream = Answers<v1::DiskAnswer>;
     type AdoptImageStream = Answers<v1::AdoptProgress>;
     type WatchVmStream = Answers<v1::Vm>;
 
@@ -623,7 +625,10 @@ impl Agent for FakeAgent {
     async fn check_delta(&self, _: Request<v1::CheckDeltaRequest>) -> Answer<v1::CheckDeltaResponse> {
         unused()
     }
-    async fn clone(&self, _: Request<v1::CloneRequest>) -> Answer<v1::CloneResponse> {
+    async fn clone(&self, _: Request<v1::CloneRequest>) -> Answer<Self::CloneStream> {
+        unused()
+    }
+    async fn receive_disk(&self, _: Request<Streaming<v1::DiskPart>>) -> Answer<Self::ReceiveDiskStream> {
         unused()
     }
     async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Answer<v1::MigrateResponse> {

@@ -67,6 +67,7 @@ fn a_base_is_wanted_while_it_is_pinned_or_a_disk_stands_on_it() {
             },
             doomed: false,
             device: false,
+            transfer: None,
             instance: [0; 16],
         },
     });

@@ -159,6 +159,41 @@ pub enum HostError {
         /// How many.
         sessions: u32,
     },
+    /// A disk that was shipped is not what was sent, or does not fit.
+    #[error("the disk for VM '{vm}' was not taken: {why}")]
+    Shipped {
+        /// The new VM.
+        vm: VmName,
+        /// What is wrong.
+        why: String,
+    },
+    /// Another transfer brings a disk for a VM of this name.
+    #[error(
+        "VM '{vm}' is being made on host '{host}' from another VM; wait for its end, or give this one another name"
+    )]
+    Arriving {
+        /// The new VM.
+        vm: VmName,
+        /// This host.
+        host: String,
+    },
+    /// Whoever asked for it went away, or the agent ends.
+    #[error("{what} was cancelled; nothing of it is left")]
+    Cancelled {
+        /// What.
+        what: String,
+    },
+    /// Another host could not be reached, or said no.
+    #[error("host '{host}': {}", status.message())]
+    Peer {
+        /// The host.
+        host: treeboot_types::HostName,
+        /// Its words.
+        status: Box<tonic::Status>,
+    },
+    /// What was to be shipped cannot be read.
+    #[error("the disk cannot be read")]
+    Read(#[from] treeboot_block::BlockError),
     /// The layers of a disk.
     #[error("the disk of VM '{vm}' on host '{host}'")]
     Layers {
@@ -194,6 +229,17 @@ impl HostError {
         for reply in replies {
             let _ = reply.send(Err(Self::Shared(std::sync::Arc::clone(&shared))));
         }
+    }
+}
+
+impl HostError {
+    /// Whether a transfer that ended so may be gone on with.
+    pub(super) fn may_be_gone_on_with(&self) -> bool {
+        use std::error::Error as _;
+        use tonic::Code;
+        // A status that has a source is our own connection's.
+        matches!(self, Self::Peer { status, .. } if status.source().is_some()
+            || matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Aborted))
     }
 }
 

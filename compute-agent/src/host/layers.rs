@@ -1,5 +1,7 @@
 //! Snapshots of VMs' disks: taken, listed, gone back to, deleted; and the merging that follows.
 
+use std::sync::Arc;
+
 use treeboot_block::LayerError;
 use treeboot_block::layers::{LayerReport, TreeError};
 use treeboot_types::{SnapshotName, VmName};
@@ -67,13 +69,29 @@ impl VmOwner {
         Ok(())
     }
 
+    /// At the agent's start: transfers of its predecessor are no more.
+    pub(super) async fn release_layers(&mut self) {
+        let (plane, vm) = (Arc::clone(&self.shared.applier.plane), self.vm.clone());
+        let layers = plane.layers(&vm, false).await.unwrap_or_default();
+        if layers.len() < 2 {
+            return;
+        }
+        let step = Step::Layers {
+            vm,
+            layers: LayerChange::Release { transfer: None },
+        };
+        if let Err(error) = self.shared.applier.step(step).await {
+            tracing::warn!(vm = %self.vm, error = %chain(&error), "layers of a transfer that is over stay");
+        }
+    }
+
     /// Merges what no snapshot needs and gives frozen layers their checksums, beside everything else. What ends it early is gone on
     /// with at the next change, or the next start.
     pub(super) fn tidy_layers(&self) {
         if Verb::Snapshot.refusal(self.shared.applier.plane.kind()).is_some() {
             return;
         }
-        let shared = std::sync::Arc::clone(&self.shared);
+        let shared = Arc::clone(&self.shared);
         let vm = self.vm.clone();
         self.shared.tasks.spawn(async move {
             let stop = shared.stop.clone();
@@ -123,7 +141,7 @@ impl Host {
         }
     }
 
-    fn has_disk(&self, vm: &VmName) -> Result<(), HostError> {
+    pub(super) fn has_disk(&self, vm: &VmName) -> Result<(), HostError> {
         self.known(vm)?;
         match self.desired().disks.get(vm) {
             Some(disk) if !disk.doomed => Ok(()),
@@ -134,7 +152,7 @@ impl Host {
         }
     }
 
-    async fn change_layers(&self, vm: &VmName, change: LayerChange) -> Result<(), HostError> {
+    pub(super) async fn change_layers(&self, vm: &VmName, change: LayerChange) -> Result<(), HostError> {
         self.has_disk(vm)?;
         self.can(Verb::Snapshot)?;
         self.ask_vm(vm, |reply| VmMsg::Layers { change, reply }).await

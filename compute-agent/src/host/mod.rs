@@ -9,10 +9,12 @@ mod error;
 mod layers;
 mod many;
 mod mend;
+mod receive;
 mod report;
 mod restore;
 mod room;
 mod secure;
+mod ship;
 mod stored;
 pub(crate) mod view;
 mod vm;
@@ -45,8 +47,10 @@ use view::{Board, View};
 use vm::{VmHandle, VmMsg};
 
 pub use error::{HostError, chain};
+pub use receive::{Begun, Receiving};
 pub use report::{MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
 pub use room::{Room, RoomLevel};
+pub use ship::{CloneRequest, Cloning, Progress, Shipped};
 pub use stored::Imported;
 
 /// How long a call waits for an attachment to be readable and registered. Levels of a cold tree become readable one
@@ -96,6 +100,7 @@ pub(crate) struct Shared {
     bases: Mutex<HashMap<Digest, mpsc::Sender<BaseMsg>>>,
     vms: Mutex<BTreeMap<VmName, VmHandle>>,
     imports: stored::Imports,
+    seats: receive::Seats,
     /// Who may use what, as the coordinator said last.
     allowed: Mutex<BTreeSet<(ImageName, Role)>>,
 }
@@ -214,10 +219,12 @@ impl Host {
                 bases: Mutex::default(),
                 vms: Mutex::default(),
                 imports: stored::Imports::default(),
+                seats: receive::Seats::default(),
                 allowed: Mutex::default(),
             }),
             started: tokio::time::Instant::now(),
         };
+        host.take_up_arrivals().await;
         host.take_up_owners();
         let (refused, refusal) = oneshot::channel();
         let router = host.clone();
@@ -359,7 +366,7 @@ impl Host {
     }
 
     /// What an image is: from what is here where its version is given, else from the coordinator.
-    async fn resolve(&self, image: &ImageRef) -> Result<(ImageId, Content), HostError> {
+    pub(super) async fn resolve(&self, image: &ImageRef) -> Result<(ImageId, Content), HostError> {
         if let Some(version) = image.version {
             let id = ImageId {
                 name: image.name.clone(),

@@ -1,10 +1,11 @@
 //! The host's part in who may use what: secrets that change, disks that ask for one, images that not every role may use.
 
 use tokio::sync::oneshot;
-use treeboot_identity::Role;
+use treeboot_identity::{Role, files};
 use treeboot_types::{ImageRef, VmName};
 
 use super::base::BaseMsg;
+use super::vm::VmOwner;
 use super::{Host, HostError, chain};
 
 impl Host {
@@ -57,5 +58,23 @@ impl Host {
     /// What a VM's front end proves itself by at its disk; none where nobody is asked.
     pub fn disk_secret(&self, vm: &VmName) -> Option<String> {
         self.shared.settings.keys.disk_secret(vm)
+    }
+}
+
+impl VmOwner {
+    /// Puts the disk's secret where QEMU reads it: a command line is seen by everybody on the machine.
+    pub(super) fn secret_file(&self) -> Result<Option<std::path::PathBuf>, HostError> {
+        let Some(secret) = self.shared.settings.keys.disk_secret(&self.vm) else {
+            return Ok(None);
+        };
+        let dir = self.run_dir();
+        let path = dir.join("disk.secret");
+        let written = files::private_dir(&dir).and_then(|()| files::write_private(&path, secret.as_bytes()));
+        match written {
+            Ok(()) => Ok(Some(path)),
+            Err(error) => {
+                Err(crate::plane::PlaneError::io(format!("writing {}", path.display()), error).into())
+            }
+        }
     }
 }

@@ -12,15 +12,15 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use treeboot_hypervisor::{Acceleration, AdoptError, DiskSource, Instance, RunningVm, StopMode, VmSpec};
-use treeboot_identity::files;
 use treeboot_types::{ImageId, ImageRef, Iqn, VmName};
 
-use super::base::{BaseMsg, Hold, Reply};
+use super::base::{BaseMsg, Reply};
+use super::receive::Received;
 use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
 use super::{Host, HostError, Shared, chain, is_running, reach_error};
 use crate::desired::{Change, DiskState, VmState};
 use crate::plane::{DiskPlace, Scope};
-use crate::stack::{Content, LayerChange, WantedDisk};
+use crate::stack::{Content, LayerChange};
 
 /// Messages that may wait for one VM's owner.
 const INBOX: usize = 16;
@@ -50,6 +50,10 @@ pub(super) enum VmMsg {
         change: LayerChange,
         reply: Reply<()>,
     },
+    Adopt {
+        disk: Received,
+        reply: Reply<()>,
+    },
 }
 
 /// The way to an owner.
@@ -73,7 +77,7 @@ pub(super) struct Run {
 }
 
 pub(super) struct VmOwner {
-    host: Host,
+    pub(super) host: Host,
     pub(super) shared: Arc<Shared>,
     pub(super) vm: VmName,
     report: watch::Sender<VmReport>,
@@ -143,6 +147,7 @@ impl VmOwner {
         if self.shared.journal().desired().disks.contains_key(&self.vm) {
             // A disk of a time before there was an authority.
             self.shared.settings.keys.make_disk(&self.vm).await;
+            self.release_layers().await;
             self.tidy_layers();
         }
         if !is_running(self.shared.journal().desired().vms.get(&self.vm)) {
@@ -198,6 +203,10 @@ impl VmOwner {
                 let _ = reply.send(self.change_layers(change).await);
                 false
             }
+            VmMsg::Adopt { disk, reply } => {
+                let _ = reply.send(self.adopt(disk).await);
+                !self.shared.journal().desired().disks.contains_key(&self.vm)
+            }
         }
     }
 
@@ -228,41 +237,7 @@ impl VmOwner {
             Some(known) => known,
             None => self.host.resolve(image).await?,
         };
-        let disk = DiskState {
-            image: image.clone(),
-            disk: WantedDisk {
-                digest: content.digest,
-                bytes: content.bytes,
-            },
-            doomed: false,
-            instance: rand::random(),
-            device,
-        };
-        let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
-            image: image.clone(),
-            content,
-            hold: Hold::Disk(self.vm.clone(), disk),
-            reply,
-        });
-        // The secret is made meanwhile: both are synced to the disk.
-        let ((), attached) = tokio::join!(self.shared.settings.keys.make_disk(&self.vm), attach);
-        if let Err(error) = attached {
-            self.shared.settings.keys.disk_gone(&self.vm).await;
-            return Err(error);
-        }
-        match self.reach_disk().await {
-            Ok(()) => {
-                self.report.send_modify(|report| report.image = Some(image));
-                Ok(())
-            }
-            Err(cause) => Err(match self.undo_create(&cause).await {
-                Ok(()) => cause,
-                Err(undo) => HostError::Undo {
-                    cause: Box::new(cause),
-                    undo: Box::new(undo),
-                },
-            }),
-        }
+        self.make(image, content, device, None).await
     }
 
     pub(super) async fn reach_disk(&mut self) -> Result<(), HostError> {
@@ -332,24 +307,8 @@ impl VmOwner {
         }
     }
 
-    fn run_dir(&self) -> std::path::PathBuf {
+    pub(super) fn run_dir(&self) -> std::path::PathBuf {
         self.shared.settings.state_dir.join("vms").join(self.vm.as_str())
-    }
-
-    /// Puts the disk's secret where QEMU reads it: a command line is seen by everybody on the machine.
-    fn secret_file(&self) -> Result<Option<std::path::PathBuf>, HostError> {
-        let Some(secret) = self.shared.settings.keys.disk_secret(&self.vm) else {
-            return Ok(None);
-        };
-        let dir = self.run_dir();
-        let path = dir.join("disk.secret");
-        let written = files::private_dir(&dir).and_then(|()| files::write_private(&path, secret.as_bytes()));
-        match written {
-            Ok(()) => Ok(Some(path)),
-            Err(error) => {
-                Err(crate::plane::PlaneError::io(format!("writing {}", path.display()), error).into())
-            }
-        }
     }
 
     async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {

@@ -15,6 +15,7 @@ fn disk_change(n: u8) -> Change {
             },
             doomed: false,
             device: false,
+            transfer: None,
             instance: [n; 16],
         },
     }

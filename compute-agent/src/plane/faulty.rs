@@ -1,9 +1,11 @@
 //! A plane that fails at a chosen step, as an error or as a crash: the tool behind "fail at k".
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use parking_lot::Mutex;
 use treeboot_types::{Digest, VmName};
 
 use super::{
@@ -11,7 +13,7 @@ use super::{
     Scope, Trouble,
 };
 use crate::stack::{Found, Step};
-use treeboot_block::layers::LayerReport;
+use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerReport};
 
 /// How the chosen step goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +30,7 @@ pub enum FaultMode {
 pub struct FaultyPlane {
     inner: Arc<dyn Plane>,
     applied: AtomicUsize,
-    at: usize,
-    mode: FaultMode,
+    fault: Mutex<(usize, FaultMode)>,
 }
 
 impl FaultyPlane {
@@ -38,14 +39,20 @@ impl FaultyPlane {
         Self {
             inner,
             applied: AtomicUsize::new(0),
-            at,
-            mode,
+            fault: Mutex::new((at, mode)),
         }
+    }
+
+    /// Fails at another step, counted from now.
+    pub fn arm(&self, at: usize, mode: FaultMode) {
+        let mut fault = self.fault.lock();
+        self.applied.store(0, Ordering::Relaxed);
+        *fault = (at, mode);
     }
 
     /// Whether the chosen step was reached.
     pub fn struck(&self) -> bool {
-        self.applied.load(Ordering::Relaxed) > self.at
+        self.applied.load(Ordering::Relaxed) > self.fault.lock().0
     }
 }
 
@@ -63,17 +70,18 @@ impl Plane for FaultyPlane {
     }
 
     fn apply<'a>(&'a self, step: &'a Step) -> PlaneFuture<'a, ()> {
+        let (at, mode) = *self.fault.lock();
         let number = self.applied.fetch_add(1, Ordering::Relaxed);
-        let fault = PlaneError::Injected { at: self.at };
-        let dead = number > self.at && self.mode != FaultMode::Error;
+        let fault = PlaneError::Injected { at };
+        let dead = number > at && mode != FaultMode::Error;
         Box::pin(async move {
             if dead {
                 return Err(fault);
             }
-            if number != self.at {
+            if number != at {
                 return self.inner.apply(step).await;
             }
-            if self.mode == FaultMode::CrashAfter {
+            if mode == FaultMode::CrashAfter {
                 self.inner.apply(step).await?;
             }
             Err(fault)
@@ -102,6 +110,22 @@ impl Plane for FaultyPlane {
 
     fn layers<'a>(&'a self, vm: &'a VmName, check: bool) -> PlaneFuture<'a, Vec<LayerReport>> {
         self.inner.layers(vm, check)
+    }
+
+    fn held(&self, vm: &VmName, transfer: u64) -> Result<Arc<Frozen>, PlaneError> {
+        self.inner.held(vm, transfer)
+    }
+
+    fn receive<'a>(&'a self, arrival: &'a Arrival) -> PlaneFuture<'a, Arc<Incoming>> {
+        self.inner.receive(arrival)
+    }
+
+    fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
+        self.inner.discard(vm, transfer)
+    }
+
+    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, Vec<(VmName, u64)>> {
+        self.inner.arrivals(owned)
     }
 
     fn troubles(&self) -> Vec<Trouble> {

@@ -10,12 +10,14 @@ mod links;
 pub mod model;
 pub mod user;
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use treeboot_block::LayerError;
-use treeboot_block::layers::LayerReport;
+use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerReport};
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, IscsiUrl, VmName};
 
 use crate::stack::{Found, Step, Violation};
@@ -51,9 +53,9 @@ impl Verb {
     /// Why a kind of plane cannot do it, and what to do instead; `None` where it can.
     pub fn refusal(self, plane: PlaneKind) -> Option<&'static str> {
         match (plane, self) {
-            (PlaneKind::User, Self::Snapshot | Self::CheckDelta) => None,
-            (PlaneKind::User, Self::Clone | Self::Migrate) => Some(
-                "this version does not ship disks; stop the VM and copy its data by the guest's own means",
+            (PlaneKind::User, Self::Snapshot | Self::CheckDelta | Self::Clone) => None,
+            (PlaneKind::User, Self::Migrate) => Some(
+                "this version does not move VMs; stop the VM, clone it to the other host, and destroy it here",
             ),
             (PlaneKind::Kernel, Self::Snapshot) => Some(
                 "dm-snapshot keeps one layer of writes over a base and cannot freeze it; run the VM on a host of the user plane",
@@ -360,6 +362,34 @@ pub trait Plane: Send + Sync + 'static {
     /// The stable name of a disk's block device, where it has one.
     fn device(&self, _vm: &VmName) -> Option<PathBuf> {
         None
+    }
+
+    /// What a transfer holds of a disk, to be read.
+    ///
+    /// # Errors
+    /// Nothing is held, or the plane has no layers.
+    fn held(&self, vm: &VmName, transfer: u64) -> Result<Arc<Frozen>, PlaneError> {
+        let _ = transfer;
+        Err(no_layers(vm, self.kind()))
+    }
+
+    /// Begins to take in a disk for a VM that is not there yet, or goes on with it. [`Step::CreateDelta`] takes what was finished.
+    fn receive<'a>(&'a self, arrival: &'a Arrival) -> PlaneFuture<'a, Arc<Incoming>> {
+        let kind = self.kind();
+        Box::pin(async move { Err(no_layers(&arrival.vm, kind)) })
+    }
+
+    /// Removes what came for a VM that is not to be: what was received, or what a transfer left that nobody goes on with.
+    fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
+        let _ = (vm, transfer);
+        Box::pin(async { Ok(()) })
+    }
+
+    /// At the start, when the VMs that are `owned` have what is theirs: removes what came for others. Returns transfers that may be
+    /// gone on with.
+    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, Vec<(VmName, u64)>> {
+        let _ = owned;
+        Box::pin(async { Ok(Vec::new()) })
     }
 
     /// What does not work as it was set at the moment, for a person.

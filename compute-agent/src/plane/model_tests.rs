@@ -124,7 +124,7 @@ fn what_a_plane_refuses_stands_in_the_docs() {
     for (verb, user) in [
         (Verb::Snapshot, true),
         (Verb::CheckDelta, true),
-        (Verb::Clone, false),
+        (Verb::Clone, true),
         (Verb::Migrate, false),
     ] {
         assert_eq!(verb.refusal(PlaneKind::User).is_none(), user, "{verb:?}");

@@ -7,11 +7,13 @@ use tonic::Status;
 use treeboot_block::layers::LayerReport;
 use treeboot_hypervisor::{Readiness, Seed};
 use treeboot_proto::v1;
-use treeboot_types::{ImageRef, VmName};
+use treeboot_types::{HostName, ImageRef, VmName};
 
 use super::invalid;
 use crate::doctor::Finding;
-use crate::host::{Host, Imported, MEMORY_MIB, READY_LIMIT, RoomLevel, StartRequest, VmReport, VmRun};
+use crate::host::{
+    CloneRequest, Host, Imported, MEMORY_MIB, READY_LIMIT, RoomLevel, StartRequest, VmReport, VmRun,
+};
 use crate::plane::{BaseStats, PathStats};
 
 /// Longest text that a console is searched for.
@@ -235,6 +237,22 @@ pub(super) async fn described(host: &Host, name: &VmName, disk: v1::Disk) -> v1:
         attachment: attachment.map(|attachment| (&attachment).into()),
         host: host.info().name.to_string(),
     }
+}
+
+pub(super) fn clone_request(request: v1::CloneRequest) -> Result<CloneRequest, Status> {
+    let snapshot = match request.snapshot.as_str() {
+        "" => None,
+        name => Some(super::snapshot_name(name)?),
+    };
+    Ok(CloneRequest {
+        vm: super::vm_name(&request.vm)?,
+        snapshot,
+        to: (
+            HostName::new(&request.destination).map_err(invalid)?,
+            request.destination_address,
+        ),
+        new_vm: super::vm_name(&request.new_vm)?,
+    })
 }
 
 pub(super) fn start_request(request: v1::StartVmRequest) -> Result<StartRequest, Status> {

@@ -190,6 +190,12 @@ fn code(error: &HostError) -> tonic::Code {
         },
         HostError::Plane(plane) => plane_code(plane),
         HostError::Layers { source, .. } => layer_code(source),
+        HostError::Shipped { .. } => Code::Aborted,
+        HostError::Arriving { .. } => Code::AlreadyExists,
+        HostError::Cancelled { .. } => Code::Cancelled,
+        HostError::Peer { status, .. } => status.code(),
+        HostError::Read(treeboot_block::BlockError::Corrupt { .. }) => Code::DataLoss,
+        HostError::Read(_) => Code::Unavailable,
     }
 }
 
@@ -349,8 +355,29 @@ impl Agent for Service {
         Ok(Response::new(v1::CheckDeltaResponse { layers }))
     }
 
-    async fn clone(&self, _: Request<v1::CloneRequest>) -> Result<Response<v1::CloneResponse>, Status> {
-        self.refused(Verb::Clone)
+    type CloneStream = streams::Answers<v1::CloneProgress>;
+
+    async fn clone(&self, request: Request<v1::CloneRequest>) -> Result<Response<Self::CloneStream>, Status> {
+        let vm = vm_name(&request.get_ref().vm)?;
+        if let Some(state) = self.host.desired().disks.get(&vm) {
+            let image = ImageRef {
+                name: state.image.name.clone(),
+                version: Some(state.image.version),
+            };
+            self.may_use(&request, &image).await?;
+        }
+        let request = convert::clone_request(request.into_inner())?;
+        Ok(Response::new(streams::clone(self.host.begin_clone(request))))
+    }
+
+    type ReceiveDiskStream = streams::Answers<v1::DiskAnswer>;
+
+    async fn receive_disk(
+        &self,
+        request: Request<tonic::Streaming<v1::DiskPart>>,
+    ) -> Result<Response<Self::ReceiveDiskStream>, Status> {
+        let answers = streams::receive_disk(&self.host, request.into_inner()).await?;
+        Ok(Response::new(answers))
     }
 
     async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {

@@ -1,17 +1,20 @@
 //! The verbs that stream.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
+use treeboot_proto::v1::disk_answer::Answer;
+use treeboot_proto::v1::disk_part::Part as DiskPart;
 use treeboot_proto::v1::import_part::Part;
 use treeboot_proto::{image_id_or_newest, v1};
 use treeboot_types::{DEFAULT_CHUNK_BYTES, ImageRef, IscsiUrl};
 
 use super::{convert, invalid, status, whole};
-use crate::host::{Host, HostError, Imported, VmReport, VmRun, chain};
+use crate::host::{Begun, Cloning, Host, HostError, Imported, Progress, Receiving, VmReport, VmRun, chain};
 use crate::store::{ImportHeader, ImportPart};
 
 /// What a verb streams back.
@@ -23,6 +26,8 @@ const RUNS: usize = 8192;
 const MAX_URLS: usize = 16;
 /// Answers that may wait for whoever asked.
 const ANSWERS: usize = 8;
+/// How long a sender of a disk may be silent: it may wait for its own disk.
+const PART_LIMIT: Duration = Duration::from_secs(60);
 /// How much is read between two words of progress.
 const PROGRESS_BYTES: u64 = 8 << 20;
 
@@ -94,6 +99,129 @@ pub(super) async fn import(
     let imported = importing.await;
     reading.abort();
     imported
+}
+
+/// A clone's progress, then its end. Whoever goes away cancels it.
+pub(super) fn clone(cloning: Cloning) -> Answers<v1::CloneProgress> {
+    let (answers, stream) = mpsc::channel(ANSWERS);
+    tokio::spawn(async move {
+        let Cloning {
+            mut progress,
+            cancel,
+            mut end,
+        } = cloning;
+        let step = |now: Progress| v1::CloneProgress {
+            done_bytes: now.done_bytes,
+            total_bytes: now.total_bytes,
+            result: None,
+        };
+        let mut said = 0;
+        let result = loop {
+            tokio::select! {
+                result = &mut end => break result,
+                () = answers.closed() => {
+                    cancel.cancel();
+                    break (&mut end).await;
+                }
+                Ok(()) = progress.changed() => {
+                    let now = *progress.borrow_and_update();
+                    if now.done_bytes >= said + PROGRESS_BYTES || now.done_bytes == now.total_bytes {
+                        said = now.done_bytes;
+                        // A word of progress that nobody reads is lost, no more.
+                        let _ = answers.try_send(Ok(step(now)));
+                    }
+                }
+            }
+        };
+        let answer = match result {
+            Ok(Ok(shipped)) => Ok(v1::CloneProgress {
+                result: Some(v1::CloneResponse {
+                    data_bytes: shipped.data_bytes,
+                    sent_bytes: shipped.sent_bytes,
+                    resumed: shipped.resumed,
+                }),
+                ..step(*progress.borrow())
+            }),
+            Ok(Err(error)) => Err(status(error)),
+            Err(error) => Err(Status::internal(format!(
+                "a bug ended the call, see the agent's log: {error}"
+            ))),
+        };
+        let _ = answers.send(answer).await;
+    });
+    Box::pin(ReceiverStream::new(stream))
+}
+
+/// A disk from another host. What a broken stream leaves is kept for a while.
+pub(super) async fn receive_disk(
+    host: &Host,
+    mut stream: tonic::Streaming<v1::DiskPart>,
+) -> Result<Answers<v1::DiskAnswer>, Status> {
+    let Some(DiskPart::Header(header)) = stream.message().await?.and_then(|part| part.part) else {
+        return Err(invalid("the first part of a disk must be its header"));
+    };
+    let (answers, answered) = mpsc::channel(ANSWERS);
+    let say = |answer| Ok(v1::DiskAnswer { answer: Some(answer) });
+    let receiving = match host.receive(header).await.map_err(status)? {
+        Begun::Taken => {
+            let _ = answers.try_send(say(Answer::Taken(v1::DiskTaken {})));
+            return Ok(Box::pin(ReceiverStream::new(answered)));
+        }
+        Begun::From(receiving, from) => {
+            let _ = answers.try_send(say(Answer::WantedFrom(from)));
+            receiving
+        }
+    };
+    let host = host.clone();
+    tokio::spawn(async move {
+        let end = match take_in(&host, receiving, stream).await {
+            Ok(()) => say(Answer::Taken(v1::DiskTaken {})),
+            Err(error) => Err(error),
+        };
+        let _ = answers.send(end).await;
+    });
+    Ok(Box::pin(ReceiverStream::new(answered)))
+}
+
+async fn take_in(
+    host: &Host,
+    mut receiving: Receiving,
+    mut stream: tonic::Streaming<v1::DiskPart>,
+) -> Result<(), Status> {
+    loop {
+        let part = tokio::select! {
+            part = tokio::time::timeout(PART_LIMIT, stream.message()) => part,
+            () = receiving.outdated() => return Err(Status::aborted("the transfer has a newer connection")),
+        };
+        let part = match part {
+            Ok(Ok(Some(part))) => part.part,
+            Ok(Ok(None)) => None,
+            Ok(Err(_)) | Err(_) => None,
+        };
+        match part {
+            None => {
+                host.keep_for_a_while(receiving);
+                return Err(Status::aborted("the disk broke off before its end"));
+            }
+            Some(DiskPart::GivenUp(_)) => {
+                receiving.discard().await;
+                return Err(Status::cancelled("the disk was given up"));
+            }
+            Some(part) => match receiving.take(part).await {
+                Ok(false) => {}
+                Ok(true) => return host.received(receiving).await.map_err(status),
+                Err(error @ HostError::Shipped { .. }) => {
+                    // What came before is right, and the sender may go on from there.
+                    host.keep_for_a_while(receiving);
+                    return Err(status(error));
+                }
+                Err(error) => {
+                    receiving.discard().await;
+                    return Err(status(error));
+                }
+            },
+        }
+    }
 }
 
 pub(super) fn adopt(host: &Host, request: &v1::AdoptRequest) -> Result<Answers<v1::AdoptProgress>, Status> {

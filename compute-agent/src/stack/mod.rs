@@ -220,6 +220,18 @@ pub enum LayerChange {
         /// The snapshot.
         snapshot: SnapshotName,
     },
+    /// Keeps a point in time for a transfer: now, or a snapshot.
+    Hold {
+        /// The transfer, a random number.
+        transfer: u64,
+        /// The snapshot.
+        snapshot: Option<SnapshotName>,
+    },
+    /// A transfer has ended, or all have.
+    Release {
+        /// The transfer.
+        transfer: Option<u64>,
+    },
     /// Merges what no snapshot needs any more, and gives what is frozen its checksums.
     Tidy,
 }
@@ -354,6 +366,8 @@ impl Step {
                 LayerChange::Snapshot { .. } => "snapshot",
                 LayerChange::RollBack { .. } => "roll_back",
                 LayerChange::Forget { .. } => "delete_snapshot",
+                LayerChange::Hold { .. } => "hold_layers",
+                LayerChange::Release { .. } => "release_layers",
                 LayerChange::Tidy => "tidy_layers",
             },
             Self::AttachDevice { .. } => "attach_device",

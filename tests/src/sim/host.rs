@@ -458,6 +458,7 @@ impl Host {
                 },
                 doomed: false,
                 device: false,
+                transfer: None,
                 instance: [1; 16],
             },
         }

@@ -7,6 +7,7 @@ mod bad_input;
 mod boot;
 mod bytes;
 mod clock;
+mod clones;
 mod config;
 mod device;
 mod faults;

@@ -1,10 +1,60 @@
-//! Parts of `create`: a disk that is there becomes a device, and what failed is undone.
+//! Parts of `create`: a disk is made, one that is there becomes a device, and what failed is undone.
+
+use treeboot_types::ImageId;
 
 use super::VmOwner;
 use crate::desired::{Change, DiskState};
+use crate::host::base::{BaseMsg, Hold};
 use crate::host::{HostError, chain, obstacle_of};
+use crate::stack::{Content, WantedDisk};
 
 impl VmOwner {
+    /// A disk for the VM, which has none: an empty one, or the one that `transfer` brought.
+    pub(in crate::host) async fn make(
+        &mut self,
+        image: ImageId,
+        content: Content,
+        device: bool,
+        transfer: Option<u64>,
+    ) -> Result<(), HostError> {
+        let disk = DiskState {
+            image: image.clone(),
+            disk: WantedDisk {
+                digest: content.digest,
+                bytes: content.bytes,
+            },
+            doomed: false,
+            instance: rand::random(),
+            device,
+            transfer,
+        };
+        let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
+            image: image.clone(),
+            content,
+            hold: Hold::Disk(self.vm.clone(), disk),
+            reply,
+        });
+        // The secret is made meanwhile: both are synced to the disk.
+        let ((), attached) = tokio::join!(self.shared.settings.keys.make_disk(&self.vm), attach);
+        if let Err(error) = attached {
+            self.shared.settings.keys.disk_gone(&self.vm).await;
+            return Err(error);
+        }
+        match self.reach_disk().await {
+            Ok(()) => {
+                self.report.send_modify(|report| report.image = Some(image));
+                Ok(())
+            }
+            Err(cause) => Err(match self.undo_create(&cause).await {
+                Ok(()) => cause,
+                Err(undo) => HostError::Undo {
+                    cause: Box::new(cause),
+                    undo: Box::new(undo),
+                },
+            }),
+        }
+    }
+
     /// The disk is there; asked for, it becomes a device, too. One that is a device stays one.
     pub(super) async fn have_device(&mut self, there: DiskState, device: bool) -> Result<(), HostError> {
         let new = device && !there.device;

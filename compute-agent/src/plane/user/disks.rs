@@ -1,8 +1,12 @@
 //! VMs' disks on the user plane: their layers, and what is asked of these.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use treeboot_block::layers::{Directory, LayerReport, Snapshot};
+use treeboot_block::layers::{
+    Arrival, Directory, Frozen, Incoming, LayerReport, Snapshot, discard_incoming, discard_received,
+    sweep_arrivals,
+};
 use treeboot_block::{BlockDevice, DiskFiles, LayerError, LayeredDisk};
 use treeboot_types::VmName;
 
@@ -60,6 +64,11 @@ impl UserPlane {
             }
             LayerChange::RollBack { snapshot } => disk.roll_back(snapshot).await,
             LayerChange::Forget { snapshot } => disk.forget(snapshot).await,
+            LayerChange::Hold { transfer, snapshot } => match snapshot {
+                Some(snapshot) => disk.hold_snapshot(snapshot, *transfer).await.map(drop),
+                None => disk.hold(*transfer).await.map(drop),
+            },
+            LayerChange::Release { transfer } => disk.release(*transfer).await,
             LayerChange::Tidy => loop {
                 match disk.tidy().await {
                     Ok(true) => {}
@@ -69,6 +78,52 @@ impl UserPlane {
             },
         };
         changed.map_err(|error| layer_error(vm, error))
+    }
+
+    pub(super) fn read_held(&self, vm: &VmName, transfer: u64) -> Result<Arc<Frozen>, PlaneError> {
+        let held = self.served(vm).and_then(|disk| disk.held(transfer));
+        held.map(Arc::new).ok_or_else(|| PlaneError::Missing {
+            what: format!("what was held of VM '{vm}' for a transfer"),
+        })
+    }
+
+    pub(super) async fn begin_receiving(&self, arrival: &Arrival) -> Result<Arc<Incoming>, PlaneError> {
+        let (deltas, boot, arrival) = (self.settings.deltas.clone(), self.boot, arrival.clone());
+        blocking(move || {
+            let begun = Incoming::begin(&deltas, &arrival, boot);
+            begun
+                .map(Arc::new)
+                .map_err(|error| delta_error(&arrival.vm, error))
+        })
+        .await
+    }
+
+    pub(super) async fn discard_arrival(&self, vm: &VmName, transfer: Option<u64>) -> Result<(), PlaneError> {
+        let (deltas, boot, vm) = (self.settings.deltas.clone(), self.boot, vm.clone());
+        blocking(move || {
+            let discarded = match transfer {
+                Some(transfer) => discard_incoming(&deltas, &vm, transfer, boot),
+                None => discard_received(&deltas, &vm),
+            };
+            discarded.map_err(|error| delta_error(&vm, error))
+        })
+        .await
+    }
+
+    pub(super) async fn find_arrivals(
+        &self,
+        owned: BTreeSet<VmName>,
+    ) -> Result<Vec<(VmName, u64)>, PlaneError> {
+        let (deltas, boot) = (self.settings.deltas.clone(), self.boot);
+        let swept = blocking(move || {
+            let swept = sweep_arrivals(&deltas, boot, |vm| owned.contains(vm));
+            swept.map_err(|source| failed("removing disks that no VM was given".into(), source))
+        });
+        let (resumable, swept) = swept.await?;
+        for path in swept {
+            tracing::info!(path = %path.display(), "removed a disk that came and that no VM was given");
+        }
+        Ok(resumable)
     }
 
     pub(super) async fn report_layers(

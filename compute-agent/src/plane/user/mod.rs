@@ -15,7 +15,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use treeboot_block::layers::{self, Directory, LayerReport};
+use treeboot_block::layers::{self, Arrival, Directory, Frozen, Incoming, LayerReport};
 use treeboot_block::{
     BlockDevice, BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError, DeltaMeta,
     ImageContent, LayeredDisk, Reader,
@@ -271,9 +271,16 @@ impl UserPlane {
 
     async fn create_delta(&self, vm: &VmName, disk: WantedDisk) -> Result<(), PlaneError> {
         let (path, boot, vm) = (self.delta_path(vm), self.boot, vm.clone());
-        blocking(move || match Delta::create(&path, meta(disk), boot) {
-            Ok(_) | Err(DeltaError::Exists { .. }) => Ok(()),
-            Err(error) => Err(delta_error(&vm, error)),
+        let deltas = self.settings.deltas.clone();
+        blocking(move || {
+            // What was received for this VM is its delta.
+            if layers::adopt(&deltas, &vm).map_err(|error| delta_error(&vm, error))? {
+                return Ok(());
+            }
+            match Delta::create(&path, meta(disk), boot) {
+                Ok(_) | Err(DeltaError::Exists { .. }) => Ok(()),
+                Err(error) => Err(delta_error(&vm, error)),
+            }
         })
         .await
     }
@@ -443,7 +450,7 @@ fn meta(disk: WantedDisk) -> DeltaMeta {
     }
 }
 
-fn delta_error(vm: &VmName, error: DeltaError) -> PlaneError {
+pub(crate) fn delta_error(vm: &VmName, error: DeltaError) -> PlaneError {
     let what = format!("the delta of VM '{vm}'");
     match error {
         DeltaError::Io { path, source } => PlaneError::io(format!("{what} ({})", path.display()), source),
@@ -516,6 +523,22 @@ impl Plane for UserPlane {
 
     fn disk_stats(&self, vm: &VmName) -> Option<DiskStats> {
         self.count_disk(vm)
+    }
+
+    fn held(&self, vm: &VmName, transfer: u64) -> Result<Arc<Frozen>, PlaneError> {
+        self.read_held(vm, transfer)
+    }
+
+    fn receive<'a>(&'a self, arrival: &'a Arrival) -> PlaneFuture<'a, Arc<Incoming>> {
+        Box::pin(self.begin_receiving(arrival))
+    }
+
+    fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
+        Box::pin(self.discard_arrival(vm, transfer))
+    }
+
+    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, Vec<(VmName, u64)>> {
+        Box::pin(self.find_arrivals(owned))
     }
 
     fn layers<'a>(&'a self, vm: &'a VmName, check: bool) -> PlaneFuture<'a, Vec<LayerReport>> {

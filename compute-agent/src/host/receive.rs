@@ -1,0 +1,353 @@
+//! A disk that comes from another VM, of this host or another one: taken in block by block, and given to a new VM once all of it is
+//! there and durable.
+//!
+//! What a broken connection, or a killed agent, leaves is kept for [`RESUME_LIMIT`], so that the same transfer goes on from its end.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use treeboot_block::DeltaMeta;
+use treeboot_block::layers::{Arrival, Incoming};
+use treeboot_proto::v1;
+use treeboot_proto::v1::disk_part::Part;
+use treeboot_types::{ImageId, VmName};
+
+use super::vm::{VmMsg, VmOwner};
+use super::{Host, HostError, Shared, chain};
+use crate::plane::user::delta_error;
+use crate::plane::{PlaneError, Scope, Verb};
+use crate::stack::Content;
+
+/// How long a transfer that was broken off may be gone on with; a sender gives up before.
+const RESUME_LIMIT: Duration = Duration::from_secs(45);
+/// How long a transfer's older connection may take to end when a newer one has come.
+const HANDOVER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Who receives what at the moment: one transfer for a VM.
+#[derive(Default)]
+pub(super) struct Seats(Mutex<HashMap<VmName, Taken>>);
+
+#[derive(Clone)]
+struct Taken {
+    transfer: u64,
+    /// Asks it to end: the same transfer has a newer connection.
+    stop: CancellationToken,
+    ended: CancellationToken,
+}
+
+/// The right to receive a VM's disk.
+struct Seat {
+    shared: Arc<Shared>,
+    vm: VmName,
+    taken: Taken,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.shared.seats.0.lock().remove(&self.vm);
+        self.taken.ended.cancel();
+    }
+}
+
+/// How a disk that is announced comes in.
+pub enum Begun {
+    /// Its VM has it already.
+    Taken,
+    /// From this byte of the disk on.
+    From(Receiving, u64),
+}
+
+/// A disk that comes in.
+pub struct Receiving {
+    vm: VmName,
+    image: ImageId,
+    content: Content,
+    transfer: u64,
+    incoming: Arc<Incoming>,
+    // Last: its file is closed when the seat is free.
+    seat: Seat,
+}
+
+async fn blocking<T: Send + 'static>(
+    vm: &VmName,
+    incoming: &Arc<Incoming>,
+    work: impl FnOnce(&Incoming) -> Result<T, treeboot_block::DeltaError> + Send + 'static,
+) -> Result<T, HostError> {
+    let incoming = Arc::clone(incoming);
+    let done = tokio::task::spawn_blocking(move || work(&incoming)).await;
+    match done {
+        Ok(done) => done.map_err(|error| delta_error(vm, error).into()),
+        Err(error) => Err(HostError::Invalid(error.to_string())),
+    }
+}
+
+impl Receiving {
+    /// Ends when the same transfer has a newer connection.
+    pub async fn outdated(&self) {
+        self.seat.taken.stop.cancelled().await;
+    }
+
+    /// Takes one part; whether it was the last.
+    ///
+    /// # Errors
+    /// Its checksum is wrong, it is not of this disk, it could not be written, or not all came.
+    pub async fn take(&mut self, part: Part) -> Result<bool, HostError> {
+        let refused = |why: String| HostError::Shipped {
+            vm: self.vm.clone(),
+            why,
+        };
+        let (offset, bytes, data) = match part {
+            Part::Header(_) => return Err(refused("a second header came".into())),
+            Part::GivenUp(_) => return Err(refused("the other side gave it up".into())),
+            Part::Data(data) if crc32c::crc32c(&data.data) != data.checksum => {
+                let why = format!("what came for byte {} of it is not what was sent", data.offset);
+                return Err(refused(why));
+            }
+            Part::Data(mut data) => {
+                // The disk's last block may be cut short.
+                let bytes = data.data.len().next_multiple_of(4096);
+                data.data.resize(bytes, 0);
+                (data.offset, bytes as u64, Some(data.data))
+            }
+            Part::Zero(zero) => (zero.offset, zero.bytes.next_multiple_of(4096), None),
+            Part::End(end) => {
+                let came = blocking(&self.vm, &self.incoming, |incoming| Ok(incoming.blocks())).await?;
+                let sent = (end.data_blocks, end.zero_blocks);
+                return match came == sent {
+                    true => Ok(true),
+                    false => Err(refused(format!(
+                        "{} blocks of data and {} of zeroes are there, of {} and {} that were sent",
+                        came.0, came.1, sent.0, sent.1
+                    ))),
+                };
+            }
+        };
+        let written = blocking(&self.vm, &self.incoming, move |incoming| {
+            incoming.write(offset, bytes, data.as_deref())
+        });
+        written.await.map(|()| false)
+    }
+
+    /// Nothing of it is to stay.
+    pub async fn discard(self) {
+        if let Err(error) = blocking(&self.vm, &self.incoming, Incoming::discard).await {
+            tracing::warn!(vm = %self.vm, error = %chain(&error), "a disk that is not wanted stays until the next start");
+        }
+    }
+}
+
+/// A disk all of which came.
+pub(super) struct Received {
+    image: ImageId,
+    content: Content,
+    transfer: u64,
+    incoming: Arc<Incoming>,
+}
+
+impl VmOwner {
+    /// Gives the VM, which is new, a disk that came.
+    pub(super) async fn adopt(&mut self, disk: Received) -> Result<(), HostError> {
+        let Received {
+            image,
+            content,
+            transfer,
+            incoming,
+        } = disk;
+        let finished = match self.host.has_taken(&self.vm, transfer) {
+            Ok(false) => blocking(&self.vm, &incoming, Incoming::finish).await,
+            Ok(true) => return Ok(()),
+            Err(error) => Err(error),
+        };
+        if finished.is_err() {
+            let _swept_at_the_next_start = blocking(&self.vm, &incoming, Incoming::discard).await;
+        }
+        // Its file is the new disk's from here on.
+        drop(incoming);
+        finished?;
+        let made = self.make(image, content, false, Some(transfer)).await;
+        if made.is_err() {
+            // So that no other VM of the name gets it.
+            self.shared.applier.plane.discard(&self.vm, None).await?;
+        }
+        made
+    }
+}
+
+impl Host {
+    /// Begins to take in a disk for a new VM, or goes on with it.
+    ///
+    /// # Errors
+    /// The VM exists, the image is not what it was there, or there is no room.
+    pub async fn receive(&self, header: v1::DiskHeader) -> Result<Begun, HostError> {
+        self.can(Verb::Clone)?;
+        let vm = VmName::new(&header.vm).map_err(|error| HostError::Invalid(error.to_string()))?;
+        let image = treeboot_proto::image_id_or_newest(header.image.as_ref())
+            .map_err(|error| HostError::Invalid(error.to_string()))?;
+        let transfer = header.transfer;
+        let seat = self.seat(&vm, transfer).await?;
+        if self.has_taken(&vm, transfer)? {
+            return Ok(Begun::Taken);
+        }
+        let (image, content) = self.resolve(&image).await?;
+        if content.digest.0[..] != header.digest[..] || content.bytes != header.bytes {
+            let why = format!("image {image} has another content here than there");
+            return Err(HostError::Shipped { vm, why });
+        }
+        let found = self.plane().inspect(&Scope::Disk(vm.clone())).await?;
+        if found.deltas.contains_key(&vm) {
+            return Err(HostError::Plane(PlaneError::Unfit {
+                what: format!("a disk for VM '{vm}'"),
+                why: "a delta that no VM owns has its name; move it away, or give the VM another name".into(),
+            }));
+        }
+        let arrival = Arrival {
+            vm: vm.clone(),
+            transfer,
+            meta: DeltaMeta {
+                digest: content.digest,
+                bytes: content.bytes,
+            },
+            data_bytes: header.data_bytes,
+        };
+        let begun = self.plane().receive(&arrival).await;
+        let incoming = match begun {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                self.plane().discard(&vm, Some(transfer)).await?;
+                return Err(error.into());
+            }
+        };
+        let from = blocking(&vm, &incoming, |incoming| Ok(incoming.resume_at())).await?;
+        let receiving = Receiving {
+            vm,
+            image,
+            content,
+            transfer,
+            incoming,
+            seat,
+        };
+        Ok(Begun::From(receiving, from))
+    }
+
+    async fn seat(&self, vm: &VmName, transfer: u64) -> Result<Seat, HostError> {
+        loop {
+            let other = {
+                let mut seats = self.shared.seats.0.lock();
+                match seats.get(vm) {
+                    Some(other) => other.clone(),
+                    None => {
+                        let taken = Taken {
+                            transfer,
+                            stop: CancellationToken::new(),
+                            ended: CancellationToken::new(),
+                        };
+                        seats.insert(vm.clone(), taken.clone());
+                        return Ok(Seat {
+                            shared: Arc::clone(&self.shared),
+                            vm: vm.clone(),
+                            taken,
+                        });
+                    }
+                }
+            };
+            if other.transfer != transfer {
+                return Err(HostError::Arriving {
+                    vm: vm.clone(),
+                    host: self.shared.host().to_string(),
+                });
+            }
+            other.stop.cancel();
+            let ended = tokio::time::timeout(HANDOVER_LIMIT, other.ended.cancelled()).await;
+            ended.map_err(|_| HostError::Shipped {
+                vm: vm.clone(),
+                why: "what came before is still being written".into(),
+            })?;
+        }
+    }
+
+    /// Whether a VM has the disk that a transfer brings.
+    ///
+    /// # Errors
+    /// It has another one.
+    fn has_taken(&self, vm: &VmName, transfer: u64) -> Result<bool, HostError> {
+        match self.desired().disks.get(vm) {
+            None => Ok(false),
+            Some(there) if there.transfer == Some(transfer) && !there.doomed => Ok(true),
+            Some(there) => Err(HostError::VmExists {
+                vm: vm.clone(),
+                host: self.shared.host().to_string(),
+                have: there.image.clone(),
+            }),
+        }
+    }
+
+    /// All of a disk came: its VM gets it.
+    ///
+    /// # Errors
+    /// [`HostError`]; nothing is left then.
+    pub async fn received(&self, receiving: Receiving) -> Result<(), HostError> {
+        let Receiving {
+            vm,
+            image,
+            content,
+            transfer,
+            incoming,
+            seat,
+        } = receiving;
+        let disk = Received {
+            image,
+            content,
+            transfer,
+            incoming,
+        };
+        let adopted = self.ask_vm(&vm, |reply| VmMsg::Adopt { disk, reply }).await;
+        drop(seat);
+        adopted
+    }
+
+    /// The connection broke: what came is kept for a while.
+    pub fn keep_for_a_while(&self, receiving: Receiving) {
+        let (vm, transfer) = (receiving.vm.clone(), receiving.transfer);
+        drop(receiving);
+        tracing::info!(%vm, "a disk that came in was broken off");
+        self.discard_later(vm, transfer);
+    }
+
+    fn discard_later(&self, vm: VmName, transfer: u64) {
+        let host = self.clone();
+        self.shared.tasks.spawn(async move {
+            tokio::select! {
+                () = host.shared.stop.cancelled() => return,
+                () = tokio::time::sleep(RESUME_LIMIT) => {}
+            }
+            if host.shared.seats.0.lock().contains_key(&vm) {
+                // It is gone on with, or there is a newer one, which removed it.
+                return;
+            }
+            match host.plane().discard(&vm, Some(transfer)).await {
+                Ok(()) => tracing::info!(%vm, "what came in of a disk was removed: nobody went on with it"),
+                Err(error) => {
+                    tracing::warn!(%vm, error = %chain(&error), "what came in of a disk stays until the next start");
+                }
+            }
+        });
+    }
+
+    /// At the start: what a predecessor began to take in may be gone on with for a while.
+    pub(super) async fn take_up_arrivals(&self) {
+        let owned = self.desired().disks.keys().cloned().collect();
+        match self.plane().arrivals(owned).await {
+            Ok(arrivals) => {
+                for (vm, transfer) in arrivals {
+                    self.discard_later(vm, transfer);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "what came for VMs that are not there stays");
+            }
+        }
+    }
+}
