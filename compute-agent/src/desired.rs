@@ -177,6 +177,20 @@ pub struct DiskState {
     pub transfer: Option<u64>,
 }
 
+impl DiskState {
+    /// A disk that is served by the portal alone.
+    pub fn new(image: ImageId, disk: WantedDisk, instance: [u8; 16]) -> Self {
+        Self {
+            image,
+            disk,
+            doomed: false,
+            instance,
+            device: false,
+            transfer: None,
+        }
+    }
+}
+
 /// How a VM was last started or ended; the rest lies in its run directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "run")]

@@ -4,6 +4,8 @@
 //! that opened it. Whoever shows no certificate gets a connection, because a host that joins has none yet; what may be asked
 //! on it is the [gate](crate::gate)'s to say.
 
+mod other;
+
 use std::fmt;
 use std::future::Future as _;
 use std::io;
@@ -456,18 +458,6 @@ impl Dialer {
     pub fn mutual(holder: &Holder, expected: Who) -> Result<Self, SetupError> {
         let trust = Trust::Authority(holder.current().authority().clone());
         Self::build(trust, expected, Some(holder))
-    }
-
-    /// The same, to another peer.
-    ///
-    /// # Errors
-    /// [`SetupError`]; also where this one shows nothing.
-    pub fn to(&self, expected: Who) -> Result<Self, SetupError> {
-        match self {
-            Self::Insecure => Ok(Self::Insecure),
-            Self::Mutual(_, Some(holder)) => Self::mutual(holder, expected),
-            Self::Mutual(_, None) => Err(SetupError("there is no certificate to show".into())),
-        }
     }
 
     /// Shows nothing, and speaks to nobody but the coordinator whose authority has this fingerprint.

@@ -1,5 +1,5 @@
 //! `cargo xtask soak`: what only time finds. Each fuzz target under libFuzzer, then the oracle of the target's data, then the
-//! simulation, then the coordinator killed at every write of its record, one after another, so that they do not take each other's processor.
+//! simulation, then the verbs against a model, then the coordinator killed at every write of its record, one after another, so that they do not take each other's processor.
 //!
 //! libFuzzer needs flags that stable Rust keeps to itself; `RUSTC_BOOTSTRAP=1` lends them to this one build, so that
 //! nobody needs a second toolchain. Our crates have no `unsafe` of their own to sanitise, so no sanitizer is linked.
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// Hosts of a simulated fleet
     #[arg(long, default_value_t = 200)]
     hosts: u64,
-    /// Only these; 'oracle', 'sim' and 'writes' (once) are of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
+    /// Only these; 'oracle', 'sim', 'model' and 'writes' (once) are of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
     #[arg(value_name = "TARGET", value_parser = targets())]
     only: Vec<String>,
 }
@@ -49,7 +49,7 @@ fn targets() -> clap::builder::PossibleValuesParser {
     TARGETS
         .iter()
         .copied()
-        .chain(["oracle", "sim", "writes", KERNEL])
+        .chain(["oracle", "sim", "model", "writes", KERNEL])
         .collect::<Vec<_>>()
         .into()
 }
@@ -89,6 +89,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if wanted("sim") {
         begin(&format!("{} seeds of the simulation", args.seeds), &logs, "sim");
         outcomes.push(sim(args, &logs)?);
+    }
+    if wanted("model") {
+        begin(
+            &format!("the model of the verbs for {} min", args.minutes),
+            &logs,
+            "model",
+        );
+        outcomes.push(model(limit, &logs)?);
     }
     if wanted("writes") {
         begin("the coordinator killed at every write, once", &logs, "writes");
@@ -301,8 +309,8 @@ fn sim(args: &Args, logs: &Path) -> Result<Outcome> {
     })
 }
 
-/// The coordinator killed before, within and after each write of a scenario, with real agents.
-fn writes(logs: &Path) -> Result<Outcome> {
+/// A test of real daemons.
+fn processes(arguments: &[&str]) -> Result<Command> {
     // The test starts the daemons as processes, which `cargo test` of one package does not build.
     workspace::run(workspace::cargo()?.args(["build", "--locked", "--workspace"]))?;
     let mut cargo = workspace::cargo()?;
@@ -315,9 +323,41 @@ fn writes(logs: &Path) -> Result<Outcome> {
             "--test",
             "processes",
             "--",
+            "--nocapture",
         ])
-        .args(["--ignored", "--nocapture", "every_write"])
+        .args(arguments)
         .env(crate::demo::BIN_DIR, workspace::target_dir()?.join("debug"));
+    Ok(cargo)
+}
+
+/// Random verbs with kills against a model, one life after another.
+fn model(limit: Duration, logs: &Path) -> Result<Outcome> {
+    let mut cargo = processes(&["those_of_a_model"])?;
+    cargo
+        .env("TREEBOOT_MODEL_SECONDS", limit.as_secs().to_string())
+        // Another one each time; the log holds it.
+        .env("TREEBOOT_SEED", std::process::id().to_string());
+    let log = log_of(logs, "model");
+    let (well, took, text) = logged(&mut cargo, &log)?;
+    let verbs = text.lines().find_map(|line| {
+        line.strip_prefix("model: ")?
+            .split_once(" verbs in ")?
+            .0
+            .parse()
+            .ok()
+    });
+    Ok(Outcome {
+        name: "model",
+        seconds: took.as_secs(),
+        executions: verbs,
+        corpus: None,
+        finding: (!well).then(|| format!("see {}", log.display())),
+    })
+}
+
+/// The coordinator killed before, within and after each write of a scenario, with real agents.
+fn writes(logs: &Path) -> Result<Outcome> {
+    let mut cargo = processes(&["--ignored", "every_write"])?;
     let log = log_of(logs, "writes");
     let (well, took, text) = logged(&mut cargo, &log)?;
     let kills = text

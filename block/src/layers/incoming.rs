@@ -215,8 +215,17 @@ pub fn discard_incoming(
     folder.remove(&file).map_err(io(&folder, &file))
 }
 
-/// What a start finds of disks that came: removes those that were received for a VM that is not `owned`, and those that came in
-/// another boot. Returns transfers that may be gone on with, and what was removed. Blocks.
+/// What a start finds of disks that came.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Arrivals {
+    /// Transfers that may be gone on with, and their VMs.
+    pub resumable: Vec<(VmName, u64)>,
+    /// Files that were removed.
+    pub swept: Vec<PathBuf>,
+}
+
+/// Looks at disks that came: removes those that were received for a VM that is not `owned`, and those that came in
+/// another boot. Blocks.
 ///
 /// # Errors
 /// The operating system's.
@@ -224,14 +233,14 @@ pub fn sweep_arrivals(
     directory: &Path,
     boot: BootId,
     owned: impl Fn(&VmName) -> bool,
-) -> Result<(Vec<(VmName, u64)>, Vec<PathBuf>), DeltaError> {
+) -> Result<Arrivals, DeltaError> {
     let folder = Directory::new(directory);
-    let (mut resumable, mut swept) = (vec![], vec![]);
+    let mut found = Arrivals::default();
     for file in folder.names().map_err(io(&folder, ""))? {
         let spare = if let Some((vm, transfer, of)) = parse(&file) {
             let same_boot = of == boot_digits(boot);
             if same_boot {
-                resumable.push((vm, transfer));
+                found.resumable.push((vm, transfer));
             }
             !same_boot
         } else if let Some(vm) = file.strip_suffix(RECEIVED_SUFFIX) {
@@ -241,10 +250,10 @@ pub fn sweep_arrivals(
         };
         if spare {
             folder.remove(&file).map_err(io(&folder, &file))?;
-            swept.push(folder.path(&file));
+            found.swept.push(folder.path(&file));
         }
     }
-    Ok((resumable, swept))
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -308,7 +317,7 @@ mod tests {
         let a = VmName::new("a").unwrap();
         assert_eq!(
             sweep_arrivals(path, BOOT, |vm| *vm == a).unwrap(),
-            (vec![], vec![])
+            Arrivals::default()
         );
         assert!(adopt(path, &a).unwrap() && !adopt(path, &a).unwrap());
         assert_eq!(names(path), ["a.delta"]);
@@ -326,9 +335,9 @@ mod tests {
             .finish()
             .unwrap();
         std::fs::write(path.join("d.delta"), []).unwrap();
-        let (resumable, swept) = sweep_arrivals(path, BOOT, |_| false).unwrap();
+        let found = sweep_arrivals(path, BOOT, |_| false).unwrap();
         let a = VmName::new("a").unwrap();
-        assert_eq!((resumable, swept.len()), (vec![(a.clone(), 1)], 2));
+        assert_eq!((found.resumable, found.swept.len()), (vec![(a.clone(), 1)], 2));
         discard_incoming(path, &a, 1, BOOT).unwrap();
         assert_eq!(names(path), ["d.delta"]);
     }

@@ -450,17 +450,14 @@ impl Host {
         }
         Change::Disk {
             vm: self.vm_name(),
-            disk: DiskState {
+            disk: DiskState::new(
                 image,
-                disk: WantedDisk {
+                WantedDisk {
                     digest: CONTENT.digest,
                     bytes: CONTENT.bytes,
                 },
-                doomed: false,
-                device: false,
-                transfer: None,
-                instance: [1; 16],
-            },
+                [1; 16],
+            ),
         }
     }
 

@@ -354,7 +354,13 @@ fn of_a_clone_that_ends_early_nothing_is_left_and_the_same_call_succeeds() -> Re
                 error.code() == tonic::Code::Unavailable && error.message().contains("host 'h3'"),
                 "{error}"
             );
-            refused(cluster, &["clone", "web-1", "z", "--to", "h3"], 5, "host 'h3'").await?;
+            // It is still away when it is asked for.
+            let error = end(begin(here, request("web-1", "z", third, &relay)).await?).await;
+            let error = error.err().context("its destination is gone")?;
+            ensure!(
+                error.code() == tonic::Code::Unavailable && error.message().contains("host 'h3'"),
+                "{error}"
+            );
             only(cluster, &[(here, &["web-1"])]).await?;
             cluster.restart(third).await?;
             cluster.wait_known().await?;

@@ -16,6 +16,7 @@ mod http;
 mod iscsi_suite;
 mod kernel_initiator;
 mod kills;
+mod model;
 mod names;
 mod record;
 mod room;

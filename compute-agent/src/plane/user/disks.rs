@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use treeboot_block::layers::{
-    Arrival, Directory, Frozen, Incoming, LayerReport, Snapshot, discard_incoming, discard_received,
-    sweep_arrivals,
+    Arrival, Arrivals, Directory, Frozen, Incoming, LayerReport, Snapshot, discard_incoming,
+    discard_received, sweep_arrivals,
 };
 use treeboot_block::{BlockDevice, DiskFiles, LayerError, LayeredDisk};
 use treeboot_types::VmName;
@@ -119,7 +119,7 @@ impl UserPlane {
             let swept = sweep_arrivals(&deltas, boot, |vm| owned.contains(vm));
             swept.map_err(|source| failed("removing disks that no VM was given".into(), source))
         });
-        let (resumable, swept) = swept.await?;
+        let Arrivals { resumable, swept } = swept.await?;
         for path in swept {
             tracing::info!(path = %path.display(), "removed a disk that came and that no VM was given");
         }
