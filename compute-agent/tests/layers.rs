@@ -47,6 +47,7 @@ async fn rig(dir: &Path, coordinator: std::net::SocketAddr) -> Rig {
         name,
         instance: "test".into(),
         state_dir: dir.to_owned(),
+        deltas_dir: dir.join("deltas"),
         store_dir: Some(dir.join("store")),
         keys,
         dialer: treeboot_identity::tls::Dialer::Insecure,
