@@ -331,7 +331,7 @@ fn render_status(status: &StatusJson) -> String {
             "low" => format!(
                 "LITTLE ROOM for VMs' writes: {free} of {size} free; destroy VMs or snapshots that nobody needs\n"
             ),
-            _ => format!("room for VMs' writes: {free} of {size}\n"),
+            _ => format!("room for VMs' writes: {free} of {size} free\n"),
         };
     }
     if !status.store.is_empty() {
