@@ -4,6 +4,8 @@
 use tempfile::TempDir;
 use treeboot_types::VmName;
 
+use tokio::time::Instant;
+
 use super::*;
 use crate::{Acceleration, Instance, ProbeError, Seed, boot_sector, probe};
 
