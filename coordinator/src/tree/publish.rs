@@ -196,6 +196,7 @@ impl Forest {
                 }
             }
             let mut paths = BTreeMap::new();
+            let mut hidden = BTreeSet::new();
             if grove.image.stripes > 1 {
                 let in_doubt = agents.iter().filter(|(host, doubt)| {
                     let place = grove.places.get(host);
@@ -210,8 +211,11 @@ impl Forest {
                 for (host, (stripes, held_back)) in told {
                     let barred = grove.places.get_mut(&host).map(|place| {
                         if !held_back.is_empty() || !place.held_back.is_empty() {
-                            // The record names the parents that it has, of which it may be told nothing new.
+                            // The record names the parents that it has, of which it may be told nothing new; and what it was told
+                            // before the last time may have been of others.
                             self.unsaved.insert((image.clone(), host.clone()));
+                            place.position = place.told.epoch;
+                            hidden.insert(host.clone());
                         }
                         place.held_back = held_back;
                         place.bar(&stripes)
@@ -228,7 +232,10 @@ impl Forest {
             };
             news.extend(agents.into_iter().filter_map(|(host, doubt)| {
                 let stripes = paths.remove(&host);
-                self.news_for(&image, grove, host, doubt, stripes)
+                let mut news = self.news_for(&image, grove, host, doubt, stripes)?;
+                // What it was told last may have been of other parents than it has.
+                news.fences |= hidden.contains(&news.host);
+                Some(news)
             }));
         }
         news
@@ -267,13 +274,12 @@ impl Forest {
                 .collect()
         };
         let moves = place.is_some() && parents(&told.stripes) != parents(&stripes);
-        let waits = place.is_some_and(|place| !place.held_back.is_empty());
         Some(News {
             takes: told.children.iter().any(|child| !children.contains(child)),
             depth: stripes.iter().map(|s| s.depth).max().unwrap_or(0),
             image: image.clone(),
             moves,
-            fences: moves || waits,
+            fences: moves,
             is_new: told.epoch == Epoch::default(),
             told: Told {
                 epoch: told.epoch,

@@ -74,6 +74,10 @@ pub fn settled(hosts: &[Host], tree: &TreeView, memory: &Memory, settings: &Sett
         match (wanted, in_tree.get(&number)) {
             (true, None) => return Err(format!("{name} has no place")),
             (false, Some(_)) => return Err(format!("{name} has a place and should not")),
+            // What it says of itself when it is heard again would give it a place.
+            (false, None) if host.up && (host.place().is_some() || !host.is_quiet()) => {
+                return Err(format!("{name} is not done with the place that it had"));
+            }
             (false, None) => continue,
             (true, Some(AttachState::Pending)) => return Err(format!("{name} is pending")),
             (true, Some(AttachState::Ready)) => {}

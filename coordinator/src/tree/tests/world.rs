@@ -9,8 +9,8 @@ use treeboot_types::{
 };
 
 use crate::tree::{
-    Answer, Beat, Call, CallId, Change, Effect, Event, Forest, HostState, KAry, Key, Note, Policy, Push,
-    Record, Refusal, Settings, Speaker, StreamId, Striped, VertexView,
+    Answer, AttachmentRecord, Beat, Call, CallId, Change, Effect, Event, Forest, HeldOf, HostState, KAry,
+    Key, Note, Policy, Push, Record, Refusal, Settings, Speaker, StreamId, Striped, VertexView,
 };
 
 pub(super) const BEAT_MS: u64 = 1_000;
@@ -159,6 +159,7 @@ impl World {
             match effect {
                 Effect::Save(Change::Put(key, record)) => {
                     self.saved += 1;
+                    self.check_fence(&key, &record);
                     self.record.insert(key, record);
                 }
                 Effect::Save(Change::Delete(key)) => {
@@ -179,6 +180,24 @@ impl World {
             }
         }
         answer
+    }
+
+    /// Whose parents change is fenced off with what it was told before, even where it is not told of them yet.
+    fn check_fence(&self, key: &Key, after: &Record) {
+        if let (Some(Record::Attachment(before)), Record::Attachment(after)) = (self.record.get(key), after) {
+            let parents = |record: &AttachmentRecord| -> Vec<Vec<HeldOf>> {
+                let stripes = record.stripes.iter();
+                stripes
+                    .map(|held| held.iter().map(|h| h.of.clone()).collect())
+                    .collect()
+            };
+            if before.joined == after.joined && parents(before) != parents(after) {
+                assert_eq!(
+                    after.position, after.epoch,
+                    "{key:?} has other parents: {after:?}"
+                );
+            }
+        }
     }
 
     fn push(&mut self, stream: StreamId, push: Push) {

@@ -83,6 +83,8 @@ pub struct World {
     splits: Vec<(u64, Vec<bool>)>,
     turn_due: bool,
     settled_at: Option<(u64, Epoch)>,
+    /// When the last call that is under way arrives.
+    call_arrives: u64,
     /// Since when hosts are without a stream, as the looks found them.
     unconnected: BTreeMap<usize, u64>,
     unsettled: String,
@@ -163,6 +165,7 @@ impl World {
             splits: Vec::new(),
             turn_due: false,
             settled_at: None,
+            call_arrives: 0,
             unconnected: BTreeMap::new(),
             unsettled: String::new(),
             scratch: Vec::new(),
@@ -244,6 +247,9 @@ impl World {
     }
 
     fn at(&mut self, at: u64, event: Event) {
+        if let Event::Up(Request::Call(..)) = event {
+            self.call_arrives = self.call_arrives.max(at);
+        }
         self.queue.insert((at.max(self.now), self.turn), event);
         self.turn += 1;
     }
@@ -395,6 +401,11 @@ impl World {
         let outcome = self
             .connected()
             .and_then(|()| settled(&self.hosts, &tree, &self.memory, &self.scenario.settings));
+        // A call that comes twice, or late, changes the trees by right.
+        let outcome = match self.settled_at {
+            None if self.call_arrives >= self.now => Err("a call is under way".into()),
+            _ => outcome,
+        };
         match (outcome, self.settled_at) {
             (Ok(()), None) => {
                 self.settled_at = Some((self.now, tree.epoch));
