@@ -1,8 +1,8 @@
 //! The laws, looked at slowly and obviously: no index is believed, everything is counted again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use super::layer::{Layer, Node};
+use super::layer::{Layer, Node, Vertex};
 use super::place::Around;
 use super::scope::Scope;
 use super::{Forest, Grove};
@@ -152,6 +152,7 @@ fn audit_layer(layer: &Layer) -> Result<(), String> {
     if capacity != layer.capacity() {
         return Err(format!("{capacity} shares, but it says {}", layer.capacity()));
     }
+    let indexed = Indexed::of(layer);
     for (node, vertex) in &vertices {
         let used: u32 = vertex.children.values().sum();
         if used != vertex.used || used > vertex.capacity {
@@ -191,26 +192,43 @@ fn audit_layer(layer: &Layer) -> Result<(), String> {
                 ));
             }
         }
-        audit_indices(layer, node)?;
+        indexed.audit(node, vertex)?;
     }
     Ok(())
 }
 
-fn audit_indices(layer: &Layer, node: &Node) -> Result<(), String> {
-    let Some(vertex) = layer.get(node) else {
-        return Ok(());
-    };
-    let indexed = layer.with_room().any(|(n, _)| n == node);
-    if indexed != (vertex.free() > 0) {
-        return Err(format!("{node:?} is in the wrong index"));
+/// What the indices of a layer say, so that each is walked once.
+struct Indexed<'a> {
+    with_room: HashSet<&'a Node>,
+    idle: HashSet<(u32, &'a Node)>,
+    levels: HashSet<(u32, &'a Node)>,
+}
+
+impl<'a> Indexed<'a> {
+    fn of(layer: &'a Layer) -> Self {
+        let depths: BTreeSet<u32> = layer.vertices().map(|(_, vertex)| vertex.depth).collect();
+        let level = |depth| layer.level(depth).map(move |member| (depth, member));
+        Self {
+            with_room: layer.with_room().map(|(node, _)| node).collect(),
+            idle: layer.idle().collect(),
+            levels: depths.into_iter().flat_map(level).collect(),
+        }
     }
-    let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
-    let indexed = layer.idle().any(|(at, m)| at == vertex.depth && m == node);
-    if !node.is_root() && indexed != is_idle {
-        return Err(format!("{node:?} is idle or not, the index says otherwise"));
+
+    fn audit(&self, node: &Node, vertex: &Vertex) -> Result<(), String> {
+        if self.with_room.contains(node) != (vertex.free() > 0) {
+            return Err(format!("{node:?} is in the wrong index"));
+        }
+        if node.is_root() {
+            return Ok(());
+        }
+        let is_idle = vertex.capacity == 0 && vertex.children.is_empty();
+        if self.idle.contains(&(vertex.depth, node)) != is_idle {
+            return Err(format!("{node:?} is idle or not, the index says otherwise"));
+        }
+        if !self.levels.contains(&(vertex.depth, node)) {
+            return Err(format!("{node:?} is not in its level"));
+        }
+        Ok(())
     }
-    if !node.is_root() && !layer.level(vertex.depth).any(|m| m == node) {
-        return Err(format!("{node:?} is not in its level"));
-    }
-    Ok(())
 }
