@@ -306,6 +306,8 @@ mod tests {
         for bad in [
             (1, 4096, None),
             (1 << 20, 4096, None),
+            (4096, u64::MAX - 4095, None),
+            (0, u64::MAX, None),
             (0, 8192, Some(&[0; 4096][..])),
         ] {
             other.write(bad.0, bad.1, bad.2).unwrap_err();

@@ -112,7 +112,11 @@ impl Receiving {
                 data.data.resize(bytes, 0);
                 (data.offset, bytes as u64, Some(data.data))
             }
-            Part::Zero(zero) => (zero.offset, zero.bytes.next_multiple_of(4096), None),
+            // What is larger than any disk is refused as what lies outside of this one.
+            Part::Zero(zero) => {
+                let bytes = zero.bytes.checked_next_multiple_of(4096);
+                (zero.offset, bytes.unwrap_or(u64::MAX), None)
+            }
             Part::End(end) => {
                 let came = blocking(&self.vm, &self.incoming, |incoming| Ok(incoming.blocks())).await?;
                 let sent = (end.data_blocks, end.zero_blocks);

@@ -157,7 +157,9 @@ pub(super) async fn receive_disk(
     host: &Host,
     mut stream: tonic::Streaming<v1::DiskPart>,
 ) -> Result<Answers<v1::DiskAnswer>, Status> {
-    let Some(DiskPart::Header(header)) = stream.message().await?.and_then(|part| part.part) else {
+    let first = tokio::time::timeout(PART_LIMIT, stream.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("the disk's header did not come"))??;
+    let Some(DiskPart::Header(header)) = first.and_then(|part| part.part) else {
         return Err(invalid("the first part of a disk must be its header"));
     };
     let (answers, answered) = mpsc::channel(ANSWERS);
