@@ -43,7 +43,10 @@ impl Forest {
                 return false;
             }
             (Some(state), true) => {
-                self.hosts.insert(name.clone(), Host::new(state));
+                let mut host = Host::new(state);
+                // A beat that was under way when it left is no later word on what it had given up before.
+                host.ended = self.left.remove(name).map(|(_, ended)| ended).unwrap_or_default();
+                self.hosts.insert(name.clone(), host);
                 self.save_host(name, out);
                 out.push(Effect::Note(Note::HostCame(name.clone())));
             }
@@ -55,7 +58,7 @@ impl Forest {
         } else if self
             .hosts
             .get(name)
-            .is_some_and(|h| h.digest.as_ref() != Some(&beat.digest))
+            .is_some_and(|h| h.is_outdated || h.digest.as_ref() != Some(&beat.digest))
         {
             out.push(Effect::Push(stream, Push::SendState));
         }
@@ -155,6 +158,7 @@ impl Forest {
             return;
         };
         host.digest = Some(digest);
+        host.is_outdated = false;
         host.vms = state.vms;
         host.listed = state
             .attachments
@@ -514,6 +518,7 @@ impl Host {
             stream: None,
             digest: None,
             listed: BTreeSet::new(),
+            is_outdated: false,
             vms: 0,
             last_beat_ms: 0,
             lease_until_ms: 0,

@@ -318,6 +318,18 @@ impl Forest {
                 fence(host, &id, epoch, since_joined, self.epoch)?;
             }
             self.drop_place(&id, host, out);
+            // A removal that was under way while its host joined again takes the place that the host has by now; its states stay
+            // equal, so that it would never be told.
+            if let Some(host) = self.hosts.get_mut(host) {
+                host.is_outdated |= host.listed.contains(&id);
+            }
+        } else if epoch > Epoch::default()
+            && epoch <= self.epoch
+            && let Some(host) = self.hosts.get_mut(host)
+        {
+            // Its lease ended before; what it said while it had the place may still be under way.
+            let ended = host.ended.get(&id).copied().unwrap_or_default();
+            host.end(id, ended.max(epoch));
         }
         Ok(Outcome::Removed)
     }

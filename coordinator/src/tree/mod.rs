@@ -94,6 +94,8 @@ pub struct Forest {
     newest: BTreeMap<ImageName, u32>,
     hosts: BTreeMap<HostName, Host>,
     streams: BTreeMap<StreamId, HostName>,
+    /// Of hosts that are gone: the attachments that had ended before, until no beat can be under way any more.
+    left: BTreeMap<HostName, (u64, BTreeMap<ImageId, Epoch>)>,
     /// Images whose trees this step changed.
     changed: BTreeSet<ImageId>,
     /// Places whose record this step changed although their placement reads the same.
@@ -180,6 +182,8 @@ struct Host {
     digest: Option<Vec<u8>>,
     /// What that state lists.
     listed: BTreeSet<ImageId>,
+    /// A place that the state lists was removed: whether the host knows of that its next one shows.
+    is_outdated: bool,
     vms: u32,
     last_beat_ms: u64,
     lease_until_ms: u64,
@@ -214,6 +218,7 @@ impl Forest {
             newest: BTreeMap::new(),
             hosts: BTreeMap::new(),
             streams: BTreeMap::new(),
+            left: BTreeMap::new(),
             changed: BTreeSet::new(),
             unsaved: BTreeSet::new(),
             dying: BTreeSet::new(),
@@ -313,6 +318,7 @@ impl Forest {
 
     fn end_leases(&mut self, out: &mut Vec<Effect>) {
         let now = self.clock.heard_ms;
+        self.left.retain(|_, (until_ms, _)| *until_ms > now);
         let lost: BTreeSet<HostName> = self
             .hosts
             .iter()
@@ -361,6 +367,13 @@ impl Forest {
 
     /// A host is gone, with all its places.
     fn drop_host(&mut self, host: &HostName, out: &mut Vec<Effect>) {
+        // What ends with it only now it did not give up, and may come back to.
+        let known = self.hosts.get_mut(host);
+        let ended = known.map(|h| std::mem::take(&mut h.ended)).unwrap_or_default();
+        if !ended.is_empty() && self.left.len() < MAX_HOSTS {
+            let until_ms = self.clock.heard_ms.saturating_add(self.settings.lease_ms);
+            self.left.insert(host.clone(), (until_ms, ended));
+        }
         let images: Vec<ImageId> = self
             .images
             .iter()

@@ -85,6 +85,8 @@ pub struct World {
     settled_at: Option<(u64, Epoch)>,
     /// When the last call that is under way arrives.
     call_arrives: u64,
+    /// When the last beat of each host that was sent while it was attached arrives.
+    claim_arrives: BTreeMap<HostName, u64>,
     /// Since when hosts are without a stream, as the looks found them.
     unconnected: BTreeMap<usize, u64>,
     unsettled: String,
@@ -166,6 +168,7 @@ impl World {
             turn_due: false,
             settled_at: None,
             call_arrives: 0,
+            claim_arrives: BTreeMap::new(),
             unconnected: BTreeMap::new(),
             unsettled: String::new(),
             scratch: Vec::new(),
@@ -247,8 +250,14 @@ impl World {
     }
 
     fn at(&mut self, at: u64, event: Event) {
-        if let Event::Up(Request::Call(..)) = event {
-            self.call_arrives = self.call_arrives.max(at);
+        match &event {
+            Event::Up(Request::Call(..)) => self.call_arrives = self.call_arrives.max(at),
+            Event::Up(Request::Beat(_, beat, true)) => {
+                let host = beat.speaker.host.clone();
+                let last = self.claim_arrives.entry(host).or_default();
+                *last = at.max(*last);
+            }
+            _ => {}
         }
         self.queue.insert((at.max(self.now), self.turn), event);
         self.turn += 1;
@@ -404,6 +413,8 @@ impl World {
         // A call that comes twice, or late, changes the trees by right.
         let outcome = match self.settled_at {
             None if self.call_arrives >= self.now => Err("a call is under way".into()),
+            // So does what a host said of itself before it gave its place up without the coordinator's knowing: a lease ends that.
+            None if self.is_claim_under_way() => Err("an overtaken beat is under way".into()),
             _ => outcome,
         };
         match (outcome, self.settled_at) {
@@ -439,6 +450,14 @@ impl World {
             }
             (Err(why), None) => self.unsettled = why,
         }
+    }
+
+    /// Whether a beat is under way that says that its host is attached, which nobody wants it to be any more.
+    fn is_claim_under_way(&self) -> bool {
+        self.hosts.iter().any(|host| {
+            let arrives = self.claim_arrives.get(&host.info.name);
+            !host.wanted && !host.is_stored() && arrives.is_some_and(|at| *at >= self.now)
+        })
     }
 
     /// Whether everybody has a stream that it needs. Where messages may be late, two such in a row are a silence for which a host takes its
