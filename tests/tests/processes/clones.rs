@@ -16,7 +16,7 @@ use treeboot_tests::reader::log_in;
 use treeboot_tests::relay::Relay;
 use treeboot_tests::wait::wait_until;
 
-use crate::support::{Machine, with_cluster};
+use crate::support::{Machine, mount, with_cluster};
 
 const IMAGE: &str = "pattern";
 const PATTERN: Pattern = Pattern {
@@ -381,12 +381,7 @@ fn a_clone_of_damaged_layers_of_an_image_that_is_gone_or_without_room_is_refused
         let cluster = Cluster::prepare("clones-refused", &plan(2, false))?;
         // A disk of 4 MiB for a delta of 16.
         let small = cluster.hosts[1].folder().join("state/deltas");
-        std::fs::create_dir_all(&small)?;
-        let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"])
-            .arg(&small)
-            .status()?;
-        ensure!(mounted.success(), "mount ended with {mounted}");
+        mount(&["-t", "tmpfs", "-o", "size=4m", "tmpfs"], &small)?;
         cluster.restart(&cluster.coordinator).await?;
         cluster.start_agents().await?;
         import(&cluster).await?;

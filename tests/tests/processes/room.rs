@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use treeboot_proto::v1;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::need::{Need, require};
 use treeboot_tests::wait::wait_until;
 use treeboot_tests::{fleet, guest};
 
-use crate::support::{Machine, on_own_thread};
+use crate::support::{Machine, mount, on_own_thread};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Program("mkfs.ext4", "e2fsprogs")];
 const IMAGE: &str = "busybox";
@@ -22,60 +22,32 @@ const WRITTEN: &str = "write_mb=24";
 /// Under emulation, beside other tests.
 const SOON: Duration = Duration::from_secs(100);
 
-/// A small file system of its own below a folder.
-struct Small(PathBuf);
-
-impl Small {
-    fn mount(image: &Path, at: &Path) -> Result<Self> {
-        std::fs::create_dir_all(at)?;
-        std::fs::File::create(image)?.set_len(DISK_MIB << 20)?;
-        tool("mkfs.ext4", &["-q".as_ref(), "-m0".as_ref(), image.as_os_str()])?;
-        tool(
-            "mount",
-            &["-o".as_ref(), "loop".as_ref(), image.as_os_str(), at.as_os_str()],
-        )?;
-        Ok(Self(at.to_owned()))
-    }
-
-    fn free_bytes(&self) -> Result<u64> {
-        let room = nix::sys::statvfs::statvfs(&self.0)?;
-        Ok(room.blocks_available() * room.fragment_size())
-    }
-
-    /// Takes all of it but `left` bytes.
-    fn fill(&self, left: u64) -> Result<PathBuf> {
-        let hog = self.0.join("hog");
-        let bytes = self
-            .free_bytes()?
-            .checked_sub(left)
-            .context("it is smaller than that")?;
-        let file = std::fs::File::create(&hog)?;
-        nix::fcntl::fallocate(
-            &file,
-            nix::fcntl::FallocateFlags::empty(),
-            0,
-            i64::try_from(bytes)?,
-        )?;
-        Ok(hog)
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
-fn tool(program: &str, args: &[&std::ffi::OsStr]) -> Result<()> {
-    let output = Command::new(program)
+/// A small file system at a folder.
+fn small(image: &Path, at: &Path) -> Result<()> {
+    std::fs::File::create(image)?.set_len(DISK_MIB << 20)?;
+    let made = Command::new("mkfs.ext4")
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .args(args)
-        .output()
-        .with_context(|| format!("could not start {program}"))?;
-    if !output.status.success() {
-        bail!("{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(())
+        .args(["-q", "-m0"])
+        .arg(image)
+        .status()?;
+    ensure!(made.success(), "mkfs.ext4 ended with {made}");
+    mount(&["-o".as_ref(), "loop".as_ref(), image.as_os_str()], at)
+}
+
+/// Takes all of it but `left` bytes.
+fn fill(small: &Path, left: u64) -> Result<PathBuf> {
+    let hog = small.join("hog");
+    let room = nix::sys::statvfs::statvfs(small)?;
+    let free = room.blocks_available() * room.fragment_size();
+    let bytes = free.checked_sub(left).context("it is smaller than that")?;
+    let file = std::fs::File::create(&hog)?;
+    nix::fcntl::fallocate(
+        &file,
+        nix::fcntl::FallocateFlags::empty(),
+        0,
+        i64::try_from(bytes)?,
+    )?;
+    Ok(hog)
 }
 
 #[test]
@@ -87,21 +59,19 @@ fn a_guest_on_a_full_disk_stands_still_and_goes_on_when_there_is_room() -> Resul
         let cluster = Cluster::prepare("room", &Plan::default())?;
         let host = &cluster.hosts[0];
         let deltas = host.folder().join("state/deltas");
-        let small = Small::mount(&cluster.path().join("small.img"), &deltas)?;
+        small(&cluster.path().join("small.img"), &deltas)?;
         cluster.coordinator.start(cluster.scratch()).await?;
         cluster.start_agents().await?;
         cluster.import(&file, IMAGE).await?;
-        stands_still(&cluster, &small).await?;
-        host.terminate().await?;
-        drop(small);
+        stands_still(&cluster, &deltas).await?;
         cluster.pass();
         Ok(())
     })
 }
 
-async fn stands_still(cluster: &Cluster, small: &Small) -> Result<()> {
+async fn stands_still(cluster: &Cluster, small: &Path) -> Result<()> {
     let host = &cluster.hosts[0];
-    let hog = small.fill(LEFT_MIB << 20)?;
+    let hog = fill(small, LEFT_MIB << 20)?;
     let order = guest::order_with_jobs("full", IMAGE, &[WRITTEN, "verify_mb=24"]);
     fleet::start(host, &order).await?;
     let stands_still = async || {

@@ -1,8 +1,11 @@
 //! What the tests share: a cluster for each, on a thread of its own, with a limit.
 
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::wait::within;
 
@@ -62,4 +65,20 @@ where
         cluster.pass();
         Ok(())
     })
+}
+
+/// mount(8) with these arguments before the folder, which is made. What is mounted below a cluster's folder goes with it.
+pub(crate) fn mount(args: &[impl AsRef<OsStr>], at: &Path) -> Result<()> {
+    std::fs::create_dir_all(at)?;
+    let output = Command::new("mount")
+        .args(args)
+        .arg(at)
+        .output()
+        .context("could not start mount")?;
+    ensure!(
+        output.status.success(),
+        "mount: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
 }
