@@ -7,8 +7,9 @@ use treeboot_proto::v1;
 use treeboot_proto::v1::agent_client::AgentClient;
 use treeboot_types::{HostName, SnapshotName, VmName};
 
-use crate::client::{Coordinator, Options, incomplete, refused};
-use crate::failure::{Exit, Failure};
+use crate::client::{Coordinator, Options};
+use crate::failure::Failure;
+use crate::follow::{Followed, follow};
 use crate::output::{self, JsonFlag, Progress};
 use crate::vm::agent_with;
 
@@ -77,33 +78,19 @@ pub(crate) async fn run(options: &Options, args: CloneArgs) -> Result<(), Failur
         snapshot: snapshot.clone().unwrap_or_default(),
     };
     let mut client = agent.client.clone();
-    let mut stream = agent
+    let stream = agent
         .call(&doing, AgentClient::clone(&mut client, request))
         .await?;
-    let mut progress = Progress::of_bytes("shipping", 0);
-    let patience = options.timeout.max(STALL_LIMIT);
-    let result = loop {
-        let message = tokio::time::timeout(patience, stream.message()).await;
-        let message = message.map_err(|_| {
-            let words = format!(
-                "cannot {doing}: {} made no progress for {}",
-                agent.peer,
-                output::duration(patience)
-            );
-            Failure::new(Exit::TimedOut, words).advice("see what the agents of both hosts log")
-        })?;
-        match message.map_err(|status| refused(&agent.peer, &doing, &status))? {
-            Some(v1::CloneProgress {
-                result: Some(result), ..
-            }) => break result,
-            Some(step) => {
-                progress.set_total(step.total_bytes);
-                progress.set(step.done_bytes);
-            }
-            None => return Err(incomplete(&agent.peer, "result")),
-        }
+    let followed = Followed {
+        peer: &agent.peer,
+        doing: &doing,
+        patience: options.timeout.max(STALL_LIMIT),
+        advice: "see what the agents of both hosts log",
     };
-    progress.finish();
+    let result = follow(&followed, stream, Progress::of_bytes("shipping", 0), |step| {
+        (step.done_bytes, step.total_bytes, step.result)
+    })
+    .await?;
     if args.json.json {
         return output::print_json(&ClonedJson {
             vm: new_vm.to_string(),

@@ -11,6 +11,7 @@ mod describe;
 mod doctor;
 mod failure;
 mod fleet;
+mod follow;
 mod host;
 mod image;
 mod import;

@@ -9,6 +9,7 @@ use treeboot_types::{HostName, ImageRef, IscsiUrl};
 
 use crate::client::{Agent, Coordinator, Options, find_host, host_name, incomplete, refused};
 use crate::failure::{Exit, Failure};
+use crate::follow::{Followed, follow};
 use crate::import::{self, FeedError, Format, ImportError, OpenOptions, Parts, Source};
 use crate::output::{self, JsonFlag, Progress, printable};
 use crate::tree::id_words;
@@ -220,34 +221,19 @@ pub(super) async fn register(options: &Options, args: RegisterArgs) -> Result<()
         image: Some((&args.name).into()),
         urls: args.urls.iter().map(ToString::to_string).collect(),
     };
-    let mut stream = agent
+    let stream = agent
         .call(&doing, agent.client.clone().adopt_image(request))
         .await?;
-    let mut progress = Progress::of_bytes("reading", 0);
-    let patience = options.timeout.max(STALL_LIMIT);
-    let response = loop {
-        let message =
-            tokio::time::timeout(patience, stream.message())
-                .await
-                .map_err(|_| {
-                    Failure::new(
-                Exit::TimedOut,
-                format!("cannot {doing}: {} made no progress for {}", agent.peer, output::duration(patience)),
-            )
-            .advice("see what that process logs, and whether the target answers: iscsi-ls -s iscsi://HOST")
-                })?;
-        match message.map_err(|status| refused(&agent.peer, &doing, &status))? {
-            Some(v1::AdoptProgress {
-                result: Some(result), ..
-            }) => break result,
-            Some(step) => {
-                progress.set_total(step.total_bytes);
-                progress.set(step.done_bytes);
-            }
-            None => return Err(incomplete(&agent.peer, "result")),
-        }
+    let followed = Followed {
+        peer: &agent.peer,
+        doing: &doing,
+        patience: options.timeout.max(STALL_LIMIT),
+        advice: "see what that process logs, and whether the target answers: iscsi-ls -s iscsi://HOST",
     };
-    progress.finish();
+    let response = follow(&followed, stream, Progress::of_bytes("reading", 0), |step| {
+        (step.done_bytes, step.total_bytes, step.result)
+    })
+    .await?;
     report(&agent, address, response, None, args.json)
 }
 
