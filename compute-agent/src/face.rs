@@ -70,13 +70,13 @@ impl Vitals for Life {
             Check::new("journal", self.0.journal_problem().await),
             Check {
                 name: "room",
-                condition: condition_of(self.0.room().await),
+                condition: condition_of(self.0.room()),
             },
         ]
     }
 
     async fn figures(&self) -> Vec<Family> {
-        let status = rpc::status_of(&self.0).await;
+        let status = rpc::status_of(&self.0);
         let vms = self.0.vms().await;
         let mut families = of_host(&self.0, &status);
         families.extend(of_bases(&status.bases));
@@ -106,6 +106,8 @@ fn of_host(host: &Host, status: &v1::StatusResponse) -> Vec<Family> {
     for image in &status.store {
         store.insert(&image.digest, image.allocated_bytes);
     }
+    // A file system that does not say has no figure.
+    let room = status.room;
     vec![
         Family::gauge(
             "treeboot_agent_uptime_seconds",
@@ -132,15 +134,15 @@ fn of_host(host: &Host, status: &v1::StatusResponse) -> Vec<Family> {
             "Allocated by the images in this origin's store.",
             store.values().sum::<u64>() as f64,
         ),
-        Family::gauge(
+        Family::gauges(
             "treeboot_agent_room_bytes",
             "Free in the file system of the VMs' writes; where it is full they stand still.",
-            status.room.map_or(f64::NAN, |room| room.free_bytes as f64),
+            room.map(|room| (Labels::new(), room.free_bytes as f64)),
         ),
-        Family::gauge(
+        Family::gauges(
             "treeboot_agent_room_size_bytes",
             "The size of that file system.",
-            status.room.map_or(f64::NAN, |room| room.size_bytes as f64),
+            room.map(|room| (Labels::new(), room.size_bytes as f64)),
         ),
     ]
 }

@@ -100,6 +100,8 @@ pub(crate) struct Shared {
     bases: Mutex<HashMap<Digest, mpsc::Sender<BaseMsg>>>,
     vms: Mutex<BTreeMap<VmName, VmHandle>>,
     imports: stored::Imports,
+    /// Of VMs' writes, at the last look.
+    room: Mutex<Option<Room>>,
     seats: receive::Seats,
     /// Who may use what, as the coordinator said last.
     allowed: Mutex<BTreeSet<(ImageName, Role)>>,
@@ -219,6 +221,7 @@ impl Host {
                 bases: Mutex::default(),
                 vms: Mutex::default(),
                 imports: stored::Imports::default(),
+                room: Mutex::default(),
                 seats: receive::Seats::default(),
                 allowed: Mutex::default(),
             }),

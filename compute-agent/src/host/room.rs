@@ -57,42 +57,60 @@ impl Room {
 }
 
 impl Host {
-    /// How much room VMs' writes have; `None` where the file system does not say.
-    pub async fn room(&self) -> Option<Room> {
-        let dir = self.shared.settings.deltas_dir.clone();
-        let look = tokio::task::spawn_blocking(move || Room::look(&dir));
-        tokio::time::timeout(LOOK_LIMIT, look).await.ok()?.ok()?.ok()
+    /// How much room VMs' writes had a moment ago; `None` where the file system does not say.
+    pub fn room(&self) -> Option<Room> {
+        *self.shared.room.lock()
     }
 
-    /// Logs whenever it comes nearer to full, and when there is room again.
+    /// Looks again and again, one look at a time, so that a file system that hangs costs one thread; logs whenever it comes nearer to full,
+    /// and when there is room again.
     pub(super) async fn watch_room(&self) {
         let mut level = RoomLevel::Enough;
         loop {
-            if let Some(room) = self.room().await {
-                let (dir, free) = (self.shared.settings.deltas_dir.display(), room.free_bytes);
-                let now = room.level();
-                match now {
-                    _ if now == level => {}
-                    RoomLevel::Enough => {
-                        tracing::info!(%dir, free_bytes = free, "there is room for VMs' writes again")
+            let dir = self.shared.settings.deltas_dir.clone();
+            let mut look = tokio::task::spawn_blocking(move || Room::look(&dir));
+            let seen = tokio::select! {
+                () = self.shared.stop.cancelled() => return,
+                seen = tokio::time::timeout(LOOK_LIMIT, &mut look) => seen,
+            };
+            let room = match seen {
+                Ok(room) => room,
+                Err(_) => {
+                    *self.shared.room.lock() = None;
+                    tokio::select! {
+                        () = self.shared.stop.cancelled() => return,
+                        room = look => room,
                     }
-                    RoomLevel::Low => tracing::warn!(
-                        %dir, free_bytes = free,
-                        "little room is left for VMs' writes; destroy VMs or snapshots that nobody needs, or make the file system larger"
-                    ),
-                    RoomLevel::Full => tracing::error!(
-                        %dir, free_bytes = free,
-                        "no room is left for VMs' writes: VMs stand still until there is; destroy VMs or snapshots that nobody needs, or make the \
-                         file system larger"
-                    ),
                 }
-                level = now;
-            }
+            };
+            let room = room.ok().and_then(Result::ok);
+            *self.shared.room.lock() = room;
+            level = room.map_or(level, |room| self.tell(room, level));
             tokio::select! {
                 () = self.shared.stop.cancelled() => return,
                 () = tokio::time::sleep(PERIOD) => {}
             }
         }
+    }
+
+    /// A line in the log where the level is another than before.
+    fn tell(&self, room: Room, before: RoomLevel) -> RoomLevel {
+        let (dir, free_bytes) = (self.shared.settings.deltas_dir.display(), room.free_bytes);
+        let level = room.level();
+        match level {
+            _ if level == before => {}
+            RoomLevel::Enough => tracing::info!(%dir, free_bytes, "there is room for VMs' writes again"),
+            RoomLevel::Low => tracing::warn!(
+                %dir, free_bytes,
+                "little room is left for VMs' writes; destroy VMs or snapshots that nobody needs, or make the file system larger"
+            ),
+            RoomLevel::Full => tracing::error!(
+                %dir, free_bytes,
+                "no room is left for VMs' writes: VMs stand still until there is; destroy VMs or snapshots that nobody needs, or make the file \
+                 system larger"
+            ),
+        }
+        level
     }
 }
 

@@ -57,8 +57,7 @@ pub(super) fn imported(imported: &Imported) -> v1::ImportResponse {
     }
 }
 
-pub(crate) async fn status(host: &Host) -> v1::StatusResponse {
-    let room = host.room().await;
+pub(crate) fn status(host: &Host) -> v1::StatusResponse {
     let desired = host.desired();
     let mut cache_used_bytes = 0;
     let mut bases = Vec::new();
@@ -106,7 +105,7 @@ pub(crate) async fn status(host: &Host) -> v1::StatusResponse {
         store,
         cache_used_bytes,
         uptime_ms: host.uptime().as_millis() as u64,
-        room: room.map(|room| v1::Room {
+        room: host.room().map(|room| v1::Room {
             free_bytes: room.free_bytes,
             size_bytes: room.size_bytes,
             level: match room.level() {

@@ -422,7 +422,7 @@ impl Agent for Service {
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        Ok(Response::new(convert::status(&self.host).await))
+        Ok(Response::new(convert::status(&self.host)))
     }
 
     async fn doctor(

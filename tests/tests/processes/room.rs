@@ -82,19 +82,12 @@ async fn stands_still(cluster: &Cluster, small: &Path) -> Result<()> {
         paused.await
     };
     stands_still().await?;
-    let status = host
-        .agent()
-        .await?
-        .status(v1::StatusRequest {})
-        .await?
-        .into_inner();
-    ensure!(
-        status
-            .room
-            .is_some_and(|room| room.level() == v1::RoomLevel::Full),
-        "{:?}",
-        status.room
-    );
+    let told = wait_until(SOON, "its host to say so", || async {
+        let status = host.agent().await?.status(v1::StatusRequest {}).await?;
+        let level = status.into_inner().room.map(|room| room.level());
+        Ok((level == Some(v1::RoomLevel::Full)).then_some(()))
+    });
+    told.await?;
     // Its agent's end changes nothing.
     host.kill()?;
     host.start(cluster.scratch()).await?;
