@@ -344,7 +344,8 @@ fn unmount_below(folder: &Path) {
         .filter_map(|line| line.split(' ').nth(1))
         .filter(|point| Path::new(point).starts_with(folder));
     for point in below {
-        let _ = Command::new("umount").arg(point).status();
+        // Lazily: a killed process gives its memory back, by which we know it, a moment before its files.
+        let _ = Command::new("umount").args(["--lazy", point]).status();
     }
 }
 
