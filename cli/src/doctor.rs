@@ -1,26 +1,34 @@
 //! `treeboot doctor`: what of treeboot's is on each host against what should be, and the mending of it.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use treeboot_proto::v1;
-use treeboot_types::HostName;
+use treeboot_types::{HostName, ImageId};
 
 use crate::client::{Agent, Coordinator, Options, host_name};
 use crate::failure::{Exit, Failure};
-use crate::output::{self, Align, JsonFlag, Table, printable};
+use crate::output::{self, Align, JsonFlag, Table, parse_duration, printable};
 
 /// Show what of treeboot's is on hosts: used, orphaned, half-built or missing
 ///
 /// The agent itself mends what it finds when it starts; this shows what is there now. What is not treeboot's is never shown or
-/// touched. Exit code 6: something is left to mend.
+/// touched. Orphaned is what nobody claims, everybody having been asked; where one of them is silent nothing is called so. Exit code 6:
+/// something is left to mend, or not known.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  treeboot doctor\n  treeboot doctor --host host-1 --fix")]
+#[command(
+    after_help = "Example:\n  treeboot doctor\n  treeboot doctor --host host-1 --fix\n  treeboot doctor --fix --grace 1h"
+)]
 pub(crate) struct DoctorArgs {
     /// This host only
     #[arg(long, value_name = "HOST")]
     host: Option<HostName>,
-    /// Mend: remove what is orphaned or half-built, make what is missing
+    /// Mend: remove what is half-built, and what has been orphaned for the grace period; make what is missing
     #[arg(long)]
     fix: bool,
+    /// For how long nobody must have claimed what is removed (30s, 10m, 2h)
+    #[arg(long, default_value = "10m", value_parser = parse_duration, value_name = "TIME")]
+    grace: Duration,
     #[command(flatten)]
     json: JsonFlag,
 }
@@ -33,12 +41,16 @@ struct FindingJson {
     name: String,
     why: Option<String>,
     mendable: bool,
+    /// What `--fix` does with what is orphaned, for how long nobody has claimed it, and when `--fix` does it.
+    fix: Option<String>,
+    unclaimed_ms: Option<u64>,
+    removable_in_ms: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
 struct DoctorJson {
     findings: Vec<FindingJson>,
-    /// What could not be mended, or which host could not be asked.
+    /// What could not be mended or not be known, or which host could not be asked.
     failures: Vec<String>,
 }
 
@@ -54,12 +66,15 @@ pub(crate) async fn run(options: &Options, args: DoctorArgs) -> Result<(), Failu
         failures: Vec::new(),
     };
     for record in &hosts {
-        match ask(options, record, args.fix).await {
+        match ask(options, record, &args).await {
             Ok(answer) => report.add(host_name(record), answer),
             // One host alone: its failure is the answer.
             Err(failure) if args.host.is_some() => return Err(failure),
             Err(failure) => report.failures.push(failure.to_string()),
         }
+    }
+    if args.fix {
+        report.remove_records(&coordinator).await;
     }
     if args.json.json {
         output::print_json(&report)?;
@@ -81,11 +96,35 @@ pub(crate) async fn run(options: &Options, args: DoctorArgs) -> Result<(), Failu
     })
 }
 
-async fn ask(options: &Options, record: &v1::HostRecord, fix: bool) -> Result<v1::DoctorResponse, Failure> {
+async fn ask(
+    options: &Options,
+    record: &v1::HostRecord,
+    args: &DoctorArgs,
+) -> Result<v1::DoctorResponse, Failure> {
     let agent = Agent::connect(record, options.timeout).await?;
     let doing = format!("look at the host '{}'", agent.host);
-    let request = v1::DoctorRequest { fix };
+    let request = v1::DoctorRequest {
+        fix: args.fix,
+        grace_ms: Some(u64::try_from(args.grace.as_millis()).unwrap_or(u64::MAX)),
+    };
     agent.call(&doing, agent.client.clone().doctor(request)).await
+}
+
+impl FindingJson {
+    /// Why, and what is done about it from when on.
+    fn words(&self) -> String {
+        let why = self.why.as_deref().unwrap_or_default();
+        let (Some(fix), Some(left)) = (&self.fix, self.removable_in_ms) else {
+            return why.to_owned();
+        };
+        match left {
+            0 => format!("{why}; --fix {fix}"),
+            left => {
+                let left = output::duration(Duration::from_millis(left));
+                format!("{why}; --fix {fix}, in {left} at the earliest")
+            }
+        }
+    }
 }
 
 impl DoctorJson {
@@ -97,11 +136,34 @@ impl DoctorJson {
             name: finding.name,
             why: (!finding.why.is_empty()).then_some(finding.why),
             mendable: finding.mendable,
+            unclaimed_ms: (!finding.fix.is_empty()).then_some(finding.unclaimed_ms),
+            removable_in_ms: (!finding.fix.is_empty()).then_some(finding.removable_in_ms),
+            fix: (!finding.fix.is_empty()).then_some(finding.fix),
         };
         self.findings.extend(answer.findings.into_iter().map(finding));
         let failures = answer.failures.into_iter();
         self.failures
             .extend(failures.map(|failure| format!("host '{host}': {failure}")));
+    }
+
+    /// Records of images that nobody holds are the coordinator's to remove, for whoever may.
+    async fn remove_records(&mut self, coordinator: &Coordinator) {
+        let mut left = Vec::new();
+        for finding in std::mem::take(&mut self.findings) {
+            let image = match (finding.kind.as_str(), finding.removable_in_ms) {
+                ("record", Some(0)) => finding.name.parse::<ImageId>().ok(),
+                _ => None,
+            };
+            let Some(image) = image else {
+                left.push(finding);
+                continue;
+            };
+            if let Err(failure) = coordinator.remove_image(&(&image).into(), false).await {
+                self.failures.push(failure.to_string());
+                left.push(finding);
+            }
+        }
+        self.findings = left;
     }
 
     fn render(&self) -> String {
@@ -121,13 +183,13 @@ impl DoctorJson {
                     printable(&finding.condition),
                     printable(&finding.kind),
                     printable(&finding.name),
-                    printable(finding.why.as_deref().unwrap_or_default()),
+                    printable(&finding.words()),
                 ]);
             }
             table.render()
         };
         for failure in &self.failures {
-            text.push_str(&format!("not mended: {}\n", printable(failure)));
+            text.push_str(&format!("not mended or not known: {}\n", printable(failure)));
         }
         text
     }
@@ -147,13 +209,25 @@ mod tests {
         report.add(
             "host-1",
             v1::DoctorResponse {
-                findings: vec![v1::Finding {
-                    condition: "half-built".into(),
-                    kind: "leftover".into(),
-                    name: "stack:0a".into(),
-                    mendable: true,
-                    ..v1::Finding::default()
-                }],
+                findings: vec![
+                    v1::Finding {
+                        condition: "half-built".into(),
+                        kind: "leftover".into(),
+                        name: "stack:0a".into(),
+                        mendable: true,
+                        ..v1::Finding::default()
+                    },
+                    v1::Finding {
+                        condition: "orphaned".into(),
+                        kind: "delta".into(),
+                        name: "web-1".into(),
+                        why: "nobody's".into(),
+                        mendable: true,
+                        fix: "deletes it".into(),
+                        unclaimed_ms: 5_000,
+                        removable_in_ms: 595_000,
+                    },
+                ],
                 failures: vec!["stack:0a: in use".into()],
             },
         );
@@ -162,7 +236,8 @@ mod tests {
             "host-1",
             "half-built",
             "stack:0a",
-            "not mended: host 'host-1': stack:0a: in use",
+            "nobody's; --fix deletes it, in 9 min 55 s at the earliest",
+            "not mended or not known: host 'host-1': stack:0a: in use",
         ] {
             assert!(text.contains(part), "{part} is not in {text}");
         }

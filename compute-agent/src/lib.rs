@@ -21,6 +21,7 @@ pub mod identity;
 pub mod journal;
 pub mod keys;
 pub mod link;
+pub mod orphans;
 pub mod plane;
 pub mod planted;
 pub mod rpc;

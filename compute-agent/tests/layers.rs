@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use common::*;
 use tokio_util::sync::CancellationToken;
-use treeboot_agent::host::{CloneRequest, Host, HostError, Settings};
+use treeboot_agent::host::{CloneRequest, Host, HostError, Settings, chain};
 use treeboot_agent::journal::Journal;
 use treeboot_agent::keys::Keys;
 use treeboot_agent::plane::Plane as _;
@@ -198,7 +198,12 @@ async fn try_at(verb: Verb, mode: FaultMode, at: usize) -> bool {
     if let Err(error) = &first {
         match verb.call(&now).await {
             Ok(()) => {}
-            Err(second) => assert!(verb.may_say(mode, &second), "{what}: {error}, then {second}"),
+            Err(second) => assert!(
+                verb.may_say(mode, &second),
+                "{what}: {}, then {}",
+                chain(error),
+                chain(&second)
+            ),
         }
     }
     let wanted: &[&str] = match verb {

@@ -29,7 +29,7 @@ pub use console::{io_errors, ready_line};
 pub use probe::{Acceleration, Hypervisor, ProbeError, ProbeOptions, QEMU_PACKAGES, probe, probe_with};
 pub use qmp::QmpError;
 pub use seed::{Seed, SeedError};
-pub use spec::{DiskSource, Instance, MAX_RUN_DIR_BYTES, Readiness, SpecError, VmSpec};
+pub use spec::{DiskSource, Instance, MAX_RUN_DIR_BYTES, Readiness, SPEC_FILE, SpecError, VmSpec};
 pub use vm::{
     AdoptError, BlockStats, ReadyError, RunningVm, StartError, StopError, StopMode, Stopped, VmState, start,
 };

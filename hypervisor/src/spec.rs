@@ -8,6 +8,9 @@ use treeboot_types::{Iqn, IscsiUrl, VmName};
 
 use crate::Seed;
 
+/// The file of a run directory that says what was asked for: the first one in it.
+pub const SPEC_FILE: &str = "vm.json";
+
 /// Longest run directory in bytes: the path of a socket in it must fit `sun_path` (108 bytes, `unix(7)`).
 pub const MAX_RUN_DIR_BYTES: usize = 107 - "/events.sock".len();
 /// Least memory that a VM gets, in MiB.
@@ -218,7 +221,7 @@ pub(crate) struct RunDir<'a>(pub(crate) &'a Path);
 
 impl RunDir<'_> {
     pub(crate) fn spec(&self) -> PathBuf {
-        self.0.join("vm.json")
+        self.0.join(SPEC_FILE)
     }
     pub(crate) fn pid(&self) -> PathBuf {
         self.0.join("qemu.pid")

@@ -53,6 +53,29 @@ pub fn delete(folder: &(impl Folder + Clone), vm: &VmName) -> Result<(), DeltaEr
     DiskFiles::new(Arc::new(folder.clone()), vm.clone(), meta, BootId([0; 16])).delete()
 }
 
+/// Whether any process has a layer of this disk open. Blocks.
+///
+/// # Errors
+/// The operating system's.
+pub fn is_in_use(directory: &Path, vm: &VmName) -> Result<bool, DeltaError> {
+    let folder: Arc<dyn Folder> = Arc::new(Directory::new(directory));
+    let meta = DeltaMeta {
+        digest: Digest([0; 32]),
+        bytes: 0,
+    };
+    let files = DiskFiles::new(folder, vm.clone(), meta, BootId([0; 16]));
+    for id in files.present()? {
+        let name = files.layer(id);
+        match files.folder.open(&name, OpenMode::ReadWrite) {
+            Ok(_closed_at_once) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(files.io(&name)(error)),
+        }
+    }
+    Ok(false)
+}
+
 /// Checks the layers of a disk that nobody serves: its manifest, then each file. `boot` is the machine's present one. Blocks.
 ///
 /// # Errors

@@ -224,6 +224,20 @@ pub struct Arrivals {
     pub swept: Vec<PathBuf>,
 }
 
+/// Disks that came and that no VM has yet, each with its transfer where not all of it is there. Blocks.
+///
+/// # Errors
+/// The operating system's.
+pub fn arrivals(directory: &Path) -> Result<Vec<(VmName, Option<u64>)>, DeltaError> {
+    let folder = Directory::new(directory);
+    let names = folder.names().map_err(io(&folder, ""))?;
+    let arrival = |file: &String| match file.strip_suffix(RECEIVED_SUFFIX) {
+        Some(vm) => Some((VmName::new(vm).ok()?, None)),
+        None => parse(file).map(|(vm, transfer, _)| (vm, Some(transfer))),
+    };
+    Ok(names.iter().filter_map(arrival).collect())
+}
+
 /// Looks at disks that came: removes those that were received for a VM that is not `owned`, and those that came in
 /// another boot. Blocks.
 ///
@@ -313,7 +327,9 @@ mod tests {
             other.write(bad.0, bad.1, bad.2).unwrap_err();
         }
         alike.discard().unwrap();
+        assert_eq!(arrivals(path).unwrap(), [(other.vm.clone(), Some(2))]);
         other.finish().unwrap();
+        assert_eq!(arrivals(path).unwrap(), [(other.vm.clone(), None)]);
         drop((other, alike));
         assert_eq!(names(path), ["a.received"]);
         let a = VmName::new("a").unwrap();

@@ -15,10 +15,12 @@ mod incoming;
 mod tree;
 
 pub use disk::{LayerError, LayerReport, LayeredDisk};
-pub use files::{DELTA_SUFFIX, DiskFiles, MANIFEST_SUFFIX, check, delete, owner_of};
+pub use files::{DELTA_SUFFIX, DiskFiles, MANIFEST_SUFFIX, check, delete, is_in_use, owner_of};
 pub use folder::{Directory, Folder};
 pub use frozen::{Content, Frozen};
-pub use incoming::{Arrival, Arrivals, Incoming, adopt, discard_incoming, discard_received, sweep_arrivals};
+pub use incoming::{
+    Arrival, Arrivals, Incoming, adopt, arrivals, discard_incoming, discard_received, sweep_arrivals,
+};
 pub use tree::{Layer, LayerId, LayerTree, MAX_LAYERS, Snapshot, Tidy, TreeError};
 
 #[cfg(test)]

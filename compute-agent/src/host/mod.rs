@@ -10,6 +10,7 @@ mod layers;
 mod many;
 mod mend;
 mod receive;
+mod remains;
 mod report;
 mod restore;
 mod room;
@@ -39,6 +40,7 @@ use crate::desired::{Desired, VmState};
 use crate::journal::Journal;
 use crate::keys::Keys;
 use crate::link::{Identity, Link, LinkEvent};
+use crate::orphans::Ledger;
 use crate::plane::{Plane, Scope};
 use crate::stack::{Content, Obstacle};
 
@@ -103,6 +105,8 @@ pub(crate) struct Shared {
     /// Of VMs' writes, at the last look.
     room: Mutex<Option<Room>>,
     seats: receive::Seats,
+    /// Since when nobody claims what is orphaned.
+    orphans: Mutex<Ledger>,
     /// Who may use what, as the coordinator said last.
     allowed: Mutex<BTreeSet<(ImageName, Role)>>,
 }
@@ -207,9 +211,11 @@ impl Host {
             view,
             stop.clone(),
         )?;
+        let orphans = Mutex::new(Ledger::open(&settings.state_dir));
         let host = Self {
             shared: Arc::new(Shared {
                 settings,
+                orphans,
                 applier,
                 link,
                 board,
@@ -240,6 +246,10 @@ impl Host {
         host.shared.tasks.spawn(async move { prober.probe().await });
         let watcher = host.clone();
         host.shared.tasks.spawn(async move { watcher.watch_room().await });
+        let doctor = host.clone();
+        host.shared
+            .tasks
+            .spawn(async move { doctor.watch_orphans().await });
         Ok((host, refusal))
     }
 

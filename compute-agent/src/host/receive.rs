@@ -3,14 +3,14 @@
 //!
 //! What a broken connection, or a killed agent, leaves is kept for [`RESUME_LIMIT`], so that the same transfer goes on from its end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use treeboot_block::DeltaMeta;
-use treeboot_block::layers::{Arrival, Incoming};
+use treeboot_block::layers::{Arrival, Incoming, arrivals};
 use treeboot_proto::v1;
 use treeboot_proto::v1::disk_part::Part;
 use treeboot_types::{ImageId, VmName};
@@ -28,7 +28,19 @@ const HANDOVER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Who receives what at the moment: one transfer for a VM.
 #[derive(Default)]
-pub(super) struct Seats(Mutex<HashMap<VmName, Taken>>);
+pub(super) struct Seats {
+    taken: Mutex<HashMap<VmName, Taken>>,
+    /// What was broken off, and may be gone on with for a while.
+    kept: Mutex<BTreeSet<(VmName, u64)>>,
+}
+
+impl Seats {
+    /// Whether somebody receives a VM's disk, or may go on with it.
+    pub(super) fn claims(&self, vm: &VmName, transfer: Option<u64>) -> bool {
+        let kept = |transfer| self.kept.lock().contains(&(vm.clone(), transfer));
+        self.taken.lock().contains_key(vm) || transfer.is_some_and(kept)
+    }
+}
 
 #[derive(Clone)]
 struct Taken {
@@ -47,7 +59,7 @@ struct Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.shared.seats.0.lock().remove(&self.vm);
+        self.shared.seats.taken.lock().remove(&self.vm);
         self.taken.ended.cancel();
     }
 }
@@ -239,7 +251,7 @@ impl Host {
     async fn seat(&self, vm: &VmName, transfer: u64) -> Result<Seat, HostError> {
         loop {
             let other = {
-                let mut seats = self.shared.seats.0.lock();
+                let mut seats = self.shared.seats.taken.lock();
                 match seats.get(vm) {
                     Some(other) => other.clone(),
                     None => {
@@ -322,12 +334,15 @@ impl Host {
 
     fn discard_later(&self, vm: VmName, transfer: u64) {
         let host = self.clone();
+        let kept = (vm.clone(), transfer);
+        self.shared.seats.kept.lock().insert(kept.clone());
         self.shared.tasks.spawn(async move {
             tokio::select! {
                 () = host.shared.stop.cancelled() => return,
                 () = tokio::time::sleep(RESUME_LIMIT) => {}
             }
-            if host.shared.seats.0.lock().contains_key(&vm) {
+            host.shared.seats.kept.lock().remove(&kept);
+            if host.shared.seats.taken.lock().contains_key(&vm) {
                 // It is gone on with, or there is a newer one, which removed it.
                 return;
             }
@@ -338,6 +353,20 @@ impl Host {
                 }
             }
         });
+    }
+
+    /// Removes what came for a VM and nobody claims.
+    pub(super) async fn discard_unclaimed(&self, vm: &VmName) -> Result<(), HostError> {
+        let deltas = self.shared.settings.deltas_dir.clone();
+        let found = tokio::task::spawn_blocking(move || arrivals(&deltas)).await;
+        let found = found.map_err(|error| HostError::Invalid(error.to_string()))?;
+        let found = found.map_err(|error| delta_error(vm, error))?;
+        for (_, transfer) in found.iter().filter(|(of, _)| of == vm) {
+            if !self.shared.seats.claims(vm, *transfer) {
+                self.plane().discard(vm, *transfer).await?;
+            }
+        }
+        Ok(())
     }
 
     /// At the start: what a predecessor began to take in may be gone on with for a while.

@@ -4,6 +4,7 @@
 //! agent; after a restart the owner finds it again. Waiting for a guest (to be ready, to shut down) goes on beside the
 //! messages, so that a VM that hangs can be stopped at any time.
 
+mod bury;
 mod disk;
 
 use std::pin::Pin;
@@ -52,6 +53,11 @@ pub(super) enum VmMsg {
     },
     Adopt {
         disk: Received,
+        reply: Reply<()>,
+    },
+    /// Removes what nobody claims of the VM's name.
+    Bury {
+        kind: &'static str,
         reply: Reply<()>,
     },
 }
@@ -207,6 +213,11 @@ impl VmOwner {
                 let _ = reply.send(self.adopt(disk).await);
                 !self.shared.journal().desired().disks.contains_key(&self.vm)
             }
+            VmMsg::Bury { kind, reply } => {
+                let _ = reply.send(self.bury(kind).await);
+                let desired = self.shared.journal().desired();
+                !desired.disks.contains_key(&self.vm) && !desired.vms.contains_key(&self.vm)
+            }
         }
     }
 
@@ -260,18 +271,7 @@ impl VmOwner {
             }
         }
         self.delete_disk(keep_base).await?;
-        let dir = self.run_dir();
-        match std::fs::remove_dir_all(&dir) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => {
-                return Err(
-                    crate::plane::PlaneError::io(format!("removing {}", dir.display()), error).into(),
-                );
-            }
-        }
-        let vm = self.vm.clone();
-        self.shared.journal().commit([Change::VmGone { vm }]).await?;
+        self.forget_run().await?;
         self.report.send_replace(VmReport::absent(self.vm.clone()));
         self.shared.board.changed.notify_one();
         tracing::info!(vm = %self.vm, "destroyed");
@@ -308,7 +308,7 @@ impl VmOwner {
     }
 
     pub(super) fn run_dir(&self) -> std::path::PathBuf {
-        self.shared.settings.state_dir.join("vms").join(self.vm.as_str())
+        self.host.run_dir(&self.vm)
     }
 
     async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {

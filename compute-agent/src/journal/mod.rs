@@ -27,6 +27,8 @@ const COMPACT_AFTER_BYTES: u64 = 4 << 20;
 const FILE: &str = "journal";
 const NEW_FILE: &str = "journal.new";
 const DAMAGED_FILE: &str = "journal.damaged";
+/// Its time says until when the journal may have forgotten what it knew: it was begun anew then, or mended.
+const FORGOT_FILE: &str = "journal.forgot";
 
 /// Version of the records. A journal of a later one is refused rather than misread.
 const FORMAT: u32 = 1;
@@ -88,6 +90,8 @@ pub struct Recovered {
     pub unfinished: Vec<Step>,
     /// Why the file's end was dropped, where it was.
     pub damage: Option<String>,
+    /// There was none.
+    pub begun: bool,
 }
 
 /// A step that was announced and is not yet settled.
@@ -136,6 +140,12 @@ impl Journal {
     pub fn open(dir: &Path) -> Result<(Self, Recovered), JournalError> {
         let path = dir.join(FILE);
         let (desired, recovered) = replay(&path)?;
+        if recovered.begun || recovered.damage.is_some() {
+            // Before the file that says otherwise is in its place.
+            let forgot = dir.join(FORGOT_FILE);
+            let why = recovered.damage.as_deref().unwrap_or("begun anew");
+            std::fs::write(&forgot, why).map_err(io_error(&forgot, "written"))?;
+        }
         let file = rewrite(dir, &desired)?;
         Ok((Self::over(dir, path, file, desired)?, recovered))
     }
@@ -235,6 +245,18 @@ impl Journal {
         };
         self.entries.send(entry).await.map_err(|_| JournalError::Closed)?;
         ended.await.map_err(|_| JournalError::Closed)?
+    }
+}
+
+/// Until when the journal in `dir` may have forgotten what it knew; `None` where it never was mended or begun anew.
+///
+/// # Errors
+/// The operating system's.
+pub fn forgot(dir: &Path) -> io::Result<Option<std::time::SystemTime>> {
+    match std::fs::metadata(dir.join(FORGOT_FILE)) {
+        Ok(found) => found.modified().map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -398,7 +420,11 @@ fn replay(path: &Path) -> Result<(Desired, Recovered), JournalError> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok((Desired::default(), Recovered::default()));
+            let begun = Recovered {
+                begun: true,
+                ..Recovered::default()
+            };
+            return Ok((Desired::default(), begun));
         }
         Err(error) => return Err(io_error(path, "opened")(error)),
     };
@@ -437,6 +463,7 @@ fn replay(path: &Path) -> Result<(Desired, Recovered), JournalError> {
     let recovered = Recovered {
         unfinished: pending.into_values().collect(),
         damage,
+        begun: false,
     };
     Ok((desired, recovered))
 }

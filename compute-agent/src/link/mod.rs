@@ -257,13 +257,21 @@ impl Link {
     /// # Errors
     /// [`LinkError`].
     pub async fn versions(&self, name: &ImageName) -> Result<Vec<Image>, LinkError> {
+        let mut images = self.images().await?;
+        images.retain(|image| image.id.name == *name);
+        Ok(images)
+    }
+
+    /// Every image.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub async fn images(&self) -> Result<Vec<Image>, LinkError> {
         let mut client = self.client.clone();
         let response = self.call(client.list_images(v1::ListImagesRequest {})).await?;
         let images = response.images.iter().map(|image| image.try_into());
         let images: Result<Vec<Image>, _> = images.collect();
-        let mut images = images.map_err(|error| self.invalid(error))?;
-        images.retain(|image| image.id.name == *name);
-        Ok(images)
+        images.map_err(|error| self.invalid(error))
     }
 
     /// Records an image, or another origin of one. Returns the record and whether it is new.

@@ -39,6 +39,10 @@ pub(super) fn names_once(names: &[String]) -> Result<Vec<VmName>, Status> {
     }
 }
 
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 pub(super) fn finding(finding: &Finding) -> v1::Finding {
     v1::Finding {
         condition: finding.condition.name().into(),
@@ -46,6 +50,9 @@ pub(super) fn finding(finding: &Finding) -> v1::Finding {
         name: finding.name.clone(),
         why: finding.why.clone(),
         mendable: finding.condition.is_mended(),
+        fix: finding.fix.clone(),
+        unclaimed_ms: finding.unclaimed.map_or(0, |it| millis(it.so_far)),
+        removable_in_ms: finding.unclaimed.map_or(0, |it| millis(it.left)),
     }
 }
 

@@ -429,9 +429,10 @@ impl Agent for Service {
         &self,
         request: Request<v1::DoctorRequest>,
     ) -> Result<Response<v1::DoctorResponse>, Status> {
-        let fix = request.into_inner().fix;
+        let v1::DoctorRequest { fix, grace_ms } = request.into_inner();
+        let grace = grace_ms.map_or(crate::orphans::GRACE, std::time::Duration::from_millis);
         let host = self.host.clone();
-        let (findings, failures) = whole(async move { host.doctor(fix).await }).await?;
+        let (findings, failures) = whole(async move { host.doctor(fix, grace).await }).await?;
         let findings = findings.iter().map(convert::finding).collect();
         Ok(Response::new(v1::DoctorResponse { findings, failures }))
     }

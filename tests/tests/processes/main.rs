@@ -18,6 +18,7 @@ mod kernel_initiator;
 mod kills;
 mod model;
 mod names;
+mod orphans;
 mod record;
 mod room;
 mod sectors;
