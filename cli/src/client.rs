@@ -333,6 +333,8 @@ pub(crate) struct Agent {
     pub(crate) client: AgentClient<Channel>,
     /// The host.
     pub(crate) host: String,
+    /// Its `host:port`.
+    pub(crate) address: String,
     /// How errors name the agent.
     pub(crate) peer: String,
     /// The limit of one call.
@@ -369,6 +371,7 @@ impl Agent {
         Ok(Self {
             client: AgentClient::new(channel),
             host: name,
+            address: address.to_owned(),
             peer,
             timeout,
         })

@@ -9,6 +9,7 @@ mod clone;
 mod delta;
 mod describe;
 mod doctor;
+mod exported;
 mod failure;
 mod fleet;
 mod follow;
@@ -18,6 +19,7 @@ mod import;
 mod login;
 mod output;
 mod parallel;
+mod publish;
 mod search;
 mod serve;
 mod signals;
@@ -75,6 +77,7 @@ enum Command {
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotVerb),
     Clone(clone::CloneArgs),
+    Publish(publish::PublishArgs),
     Describe(describe::DescribeArgs),
     /// Check what a VM wrote
     #[command(subcommand)]
@@ -137,6 +140,7 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Doctor(args) => doctor::run(options, args).await,
         Command::Vm(verb) => vm::run(options, verb).await,
         Command::Snapshot(verb) => snapshot::run(options, verb).await,
+        Command::Publish(args) => publish::run(options, args).await,
         Command::Clone(args) => clone::run(options, args).await,
         Command::Describe(args) => describe::run(options, args).await,
         Command::Delta(verb) => delta::run(options, verb).await,

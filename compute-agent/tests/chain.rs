@@ -342,6 +342,7 @@ async fn an_import_that_fails_leaves_nothing() {
         bytes,
         chunk_bytes: 65536,
         adopted_from: Vec::new(),
+        base: None,
     };
     let part = |offset| ImportPart {
         offset,
@@ -400,6 +401,7 @@ async fn an_import_is_complete_only_if_its_last_part_says_so() {
         }),
         bytes: 8192,
         chunk_bytes: 0,
+        base: None,
     });
     let data = Part::Data(v1::ImportData {
         offset: 0,

@@ -58,6 +58,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/Describe", Need::Person(Role::Viewer)),
     ("Agent/CheckDelta", Need::Person(Role::Operator)),
     ("Agent/Clone", Need::Person(Role::Operator)),
+    ("Agent/ExportDisk", Need::Person(Role::Operator)),
     ("Agent/Migrate", Need::Person(Role::Operator)),
     ("Agent/ReceiveDisk", Need::Host),
     ("Agent/Attach", Need::Person(Role::Operator)),
@@ -68,6 +69,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/ImportImage", Need::Person(Role::Admin)),
     ("Agent/AdoptImage", Need::Person(Role::Admin)),
     ("Agent/DropImage", Need::Person(Role::Admin)),
+    ("Agent/FlattenImage", Need::Person(Role::Admin)),
 ];
 
 /// What is no verb of ours. Health says no more than a reason in a sentence; the others tell what there is.

@@ -17,6 +17,8 @@ use crate::{Extent, Provisioning};
 pub enum OpenMode {
     /// An existing file, not written by us.
     ReadOnly,
+    /// An existing file that nobody writes, and that whoever serves it may hold: no lock.
+    Beside,
     /// An existing file.
     ReadWrite,
     /// An existing file, or a new and empty one.
@@ -46,7 +48,7 @@ impl FileStorage {
         let mut options = OpenOptions::new();
         options.read(true);
         match mode {
-            OpenMode::ReadOnly => {}
+            OpenMode::ReadOnly | OpenMode::Beside => {}
             OpenMode::ReadWrite => {
                 options.write(true);
             }
@@ -59,11 +61,12 @@ impl FileStorage {
         }
         let file = options.open(path)?;
         let lock = match mode {
-            OpenMode::ReadOnly => FlockOperation::NonBlockingLockShared,
-            _ => FlockOperation::NonBlockingLockExclusive,
+            OpenMode::Beside => None,
+            OpenMode::ReadOnly => Some(FlockOperation::NonBlockingLockShared),
+            _ => Some(FlockOperation::NonBlockingLockExclusive),
         };
-        match rustix::fs::flock(&file, lock) {
-            Err(Errno::WOULDBLOCK) => Err(io::ErrorKind::WouldBlock.into()),
+        match lock.map(|lock| rustix::fs::flock(&file, lock)) {
+            Some(Err(Errno::WOULDBLOCK)) => Err(io::ErrorKind::WouldBlock.into()),
             // A file system without locks is not a reason to refuse the file.
             _ => Ok(Self {
                 file,

@@ -6,12 +6,14 @@
 
 mod file;
 pub mod model;
+mod patched;
 
 use std::io;
 
 use crate::{BlockError, Extent};
 
 pub use file::{FileStorage, OpenMode};
+pub use patched::{OwnBlocks, PATCH_BLOCK, Patched};
 
 /// A sparse run of bytes that can be read, written and made durable. Offsets and lengths are in bytes.
 ///

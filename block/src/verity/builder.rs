@@ -90,6 +90,22 @@ impl<'a> VerityBuilder<'a> {
         Ok(())
     }
 
+    /// Takes the digests of the next blocks of data instead of the blocks themselves. What came before must end with a whole block.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update), and [`io::ErrorKind::InvalidInput`] within a block.
+    pub fn update_digests(&mut self, digests: &[[u8; DIGEST_BYTES]]) -> io::Result<()> {
+        if !self.rest.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let bytes = digests.len() as u64 * BLOCK;
+        // The last block may be a short one.
+        let short = self.layout.padded_bytes() - self.layout.data_bytes;
+        let left = self.layout.data_bytes - self.done_bytes;
+        self.take(if bytes == left + short { left } else { bytes })?;
+        digests.iter().try_for_each(|digest| self.push(0, *digest))
+    }
+
     /// Takes `bytes` zeroes.
     ///
     /// # Errors

@@ -148,6 +148,12 @@ impl VerityLayout {
         self.slot(0, block)
     }
 
+    /// Where the digests of blocks of data begin on the hash device, in bytes: 128 of them a block. `None` for one block of data, whose
+    /// digest is the root.
+    pub fn data_digests(&self) -> Option<u64> {
+        (self.levels > 0).then(|| self.level[0].0 * BLOCK)
+    }
+
     /// Where the digest of a block of the tree is.
     pub fn parent_of_node(&self, level: u32, index: u64) -> Parent {
         self.slot(level as usize + 1, index)

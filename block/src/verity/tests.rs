@@ -163,6 +163,38 @@ fn a_tebibyte_of_zeroes_is_hashed_in_a_moment() {
 }
 
 #[test]
+fn a_tree_of_digests_is_the_tree_of_their_data() {
+    for bytes in [4096u64, 512, 3 * 4096, 130 * 4096 - 512, 300 * 4096] {
+        let layout = VerityLayout::new(bytes);
+        let data: Vec<u8> = (0..bytes).map(|at| (at / 700) as u8).collect();
+        let (hash, again) = (ModelStorage::new(), ModelStorage::new());
+        let mut builder = VerityBuilder::new(layout, &hash);
+        builder.update(&data).unwrap();
+        let root = builder.finish().unwrap();
+        let mut digests = vec![root.0; 1];
+        if let Some(at) = layout.data_digests() {
+            let mut read = vec![0; layout.data_blocks() as usize * 32];
+            hash.read_at(at, &mut read).unwrap();
+            digests = read.as_chunks::<32>().0.to_vec();
+        }
+        // One block as data, wherever it is, the others as digests.
+        for middle in [0, digests.len() / 2, digests.len() - 1] {
+            let mut builder = VerityBuilder::new(layout, &again);
+            builder.update_digests(&digests[..middle]).unwrap();
+            let block = middle * 4096..((middle + 1) * 4096).min(bytes as usize);
+            builder.update(&data[block.clone()]).unwrap();
+            if block.end < bytes as usize {
+                builder.update_digests(&digests[middle + 1..]).unwrap();
+            }
+            assert_eq!(builder.finish().unwrap(), root, "{bytes} bytes, block {middle}");
+        }
+        let mut builder = VerityBuilder::new(layout, &again);
+        builder.update(&data[..512]).unwrap();
+        assert!(bytes == 512 || builder.update_digests(&digests[..1]).is_err());
+    }
+}
+
+#[test]
 fn veritysetup_agrees() {
     if Command::new("veritysetup").arg("--version").output().is_err() {
         assert!(

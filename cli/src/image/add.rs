@@ -1,9 +1,11 @@
 //! `image import` and `image register`: how an image gets into an origin's store and into the coordinator's record.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::Instant;
 use treeboot_proto::v1;
 use treeboot_types::{HostName, ImageRef, IscsiUrl};
 
@@ -120,7 +122,6 @@ pub(super) async fn import(options: &Options, args: ImportArgs) -> Result<(), Fa
     let coordinator = Coordinator::connect(options).await?;
     let host = choose_store(&coordinator.hosts().await?, args.to.host.as_ref())?;
     let agent = Agent::connect(&host, options.timeout).await?;
-    let address = host.info.as_ref().map_or("", |info| &info.agent_address);
     if !args.labels.is_empty() {
         // First, so that nobody uses it for a moment who may not.
         coordinator
@@ -135,10 +136,10 @@ pub(super) async fn import(options: &Options, args: ImportArgs) -> Result<(), Fa
         output::bytes(source.device.geometry().bytes),
         output::bytes(source.stored_bytes),
         agent.host,
-        printable(address),
+        printable(&agent.address),
     );
     let (response, sent) = send(&agent, &source, &args.name, options.timeout).await?;
-    report(&agent, address, response, Some(sent), args.json)
+    report(&agent, response, Some(sent), args.json)
 }
 
 /// Sends an image; the answer is the agent's and the number of bytes sent.
@@ -153,11 +154,11 @@ async fn send(
     let header = v1::ImportHeader {
         image: Some(name.into()),
         bytes,
-        chunk_bytes: 0,
+        ..v1::ImportHeader::default()
     };
     let (sender, parts) = Parts::new();
     let progress = std::cell::RefCell::new(Progress::of_bytes("importing", bytes));
-    let last_step = std::cell::Cell::new(tokio::time::Instant::now());
+    let last_step = Cell::new(Instant::now());
     let feeding = import::feed(
         &*source.device,
         header,
@@ -165,9 +166,30 @@ async fn send(
         || source.is_unchanged(),
         |at| {
             progress.borrow_mut().set(at);
-            last_step.set(tokio::time::Instant::now());
+            last_step.set(Instant::now());
         },
     );
+    let path = || source.path().into();
+    let feeding = async {
+        feeding.await.map_err(|error| match error {
+            FeedError::Read(source) => Some(ImportError::Read { path: path(), source }.into()),
+            FeedError::Changed => Some(ImportError::Changed { path: path() }.into()),
+            FeedError::Gone => None,
+        })
+    };
+    upload(agent, &doing, parts, feeding, &last_step, timeout).await
+}
+
+/// Sends what is fed into `parts` as an import; the answer is the agent's and the number of bytes fed. Feeding that fails without a word
+/// met an agent that had enough, and which says why itself.
+pub(crate) async fn upload(
+    agent: &Agent,
+    doing: &str,
+    parts: Parts,
+    feeding: impl Future<Output = Result<u64, Option<Failure>>>,
+    last_step: &Cell<Instant>,
+    timeout: Duration,
+) -> Result<(v1::ImportResponse, u64), Failure> {
     let mut client = agent.client.clone();
     let call = client.import_image(parts);
     tokio::pin!(feeding, call);
@@ -185,16 +207,13 @@ async fn send(
             fed = &mut feeding, if sent.is_none() => match fed {
                 Ok(fed) => {
                     sent = Some(fed);
-                    last_step.set(tokio::time::Instant::now());
+                    last_step.set(Instant::now());
                 }
-                Err(FeedError::Read(error)) => {
-                    return Err(ImportError::Read { path: source.path().into(), source: error }.into());
-                }
-                Err(FeedError::Changed) => return Err(ImportError::Changed { path: source.path().into() }.into()),
+                Err(Some(failure)) => return Err(failure),
                 // The call's own error comes next and says why.
-                Err(FeedError::Gone) => sent = Some(0),
+                Err(None) => sent = Some(0),
             },
-            answer = &mut call => break answer.map_err(|status| refused(&agent.peer, &doing, &status))?,
+            answer = &mut call => break answer.map_err(|status| refused(&agent.peer, doing, &status))?,
             () = stalled, if last_step.get().elapsed() >= patience => {
                 let what = format!("cannot {doing}: {} took nothing for {}", agent.peer, output::duration(patience));
                 return Err(Failure::new(Exit::TimedOut, what).advice("see what that process logs, and whether its disk is full"));
@@ -209,12 +228,11 @@ pub(super) async fn register(options: &Options, args: RegisterArgs) -> Result<()
     let coordinator = Coordinator::connect(options).await?;
     let host = choose_store(&coordinator.hosts().await?, args.to.host.as_ref())?;
     let agent = Agent::connect(&host, options.timeout).await?;
-    let address = host.info.as_ref().map_or("", |info| &info.agent_address);
     eprintln!(
         "registering {}: host '{}' (agent at {}) reads it once and keeps its hash tree; the data stays there",
         args.urls[0],
         agent.host,
-        printable(address),
+        printable(&agent.address),
     );
     let doing = format!("register {} on host '{}'", args.urls[0], agent.host);
     let request = v1::AdoptRequest {
@@ -234,12 +252,12 @@ pub(super) async fn register(options: &Options, args: RegisterArgs) -> Result<()
         (step.done_bytes, step.total_bytes, step.result)
     })
     .await?;
-    report(&agent, address, response, None, args.json)
+    report(&agent, response, None, args.json)
 }
 
-fn report(
+/// Says what came of it.
+pub(crate) fn report(
     agent: &Agent,
-    address: &str,
     response: v1::ImportResponse,
     sent: Option<u64>,
     json: JsonFlag,
@@ -258,7 +276,7 @@ fn report(
         sent_bytes: sent,
         created: response.created,
         host: agent.host.clone(),
-        agent_address: address.to_owned(),
+        agent_address: agent.address.clone(),
         directory: response.directory,
         urls: urls.collect(),
     };

@@ -2,15 +2,18 @@
 
 mod add;
 mod attach;
+mod flatten;
 mod label;
 mod list;
 
 use treeboot_proto::v1;
 use treeboot_types::{Digest, HostName, ImageRef, Iqn, IscsiUrl};
 
-use crate::client::Options;
-use crate::failure::Failure;
+use crate::client::{Agent, Coordinator, Options};
+use crate::failure::{Exit, Failure};
 use crate::output::JsonFlag;
+
+pub(crate) use add::{report, upload};
 
 /// Verbs on images.
 #[derive(Debug, clap::Subcommand)]
@@ -42,6 +45,7 @@ pub(crate) enum ImageVerb {
         #[arg(long)]
         force: bool,
     },
+    Flatten(flatten::FlattenArgs),
     Attach(attach::AttachArgs),
     Detach(attach::DetachArgs),
 }
@@ -55,8 +59,37 @@ pub(crate) async fn run(options: &Options, verb: ImageVerb) -> Result<(), Failur
         ImageVerb::Show { image, json } => list::show(options, &image, json).await,
         ImageVerb::Label(args) => label::label(options, args).await,
         ImageVerb::Remove { image, force } => list::remove(options, &image, force).await,
+        ImageVerb::Flatten(args) => flatten::flatten(options, args).await,
         ImageVerb::Attach(args) => attach::attach(options, args).await,
         ImageVerb::Detach(args) => attach::detach(options, args).await,
+    }
+}
+
+/// The agent in whose store the image is.
+pub(crate) async fn origin_of(
+    coordinator: &Coordinator,
+    options: &Options,
+    image: &ImageRef,
+) -> Result<Agent, Failure> {
+    let hosts = coordinator.hosts().await?;
+    let record = coordinator.image(image).await?;
+    let origins = record.origins.iter().map(|origin| origin.host.as_str());
+    let names: Vec<_> = origins.filter(|host| !host.is_empty()).collect();
+    let stores = hosts.iter().filter(|host| {
+        let info = host.info.as_ref();
+        info.is_some_and(|info| info.holds_store && names.contains(&info.name.as_str()))
+    });
+    match stores.collect::<Vec<_>>().as_slice() {
+        [only] => Agent::connect(only, options.timeout).await,
+        [] => Err(
+            Failure::new(Exit::NotFound, format!("no host has {image} in its store"))
+                .advice("start the agent of the origin; 'treeboot image show' names it"),
+        ),
+        several => Err(Failure::new(
+            Exit::Usage,
+            format!("{} hosts have {image} in their stores", several.len()),
+        )
+        .advice("name one of them")),
     }
 }
 

@@ -191,6 +191,7 @@ mod tests {
                     image[offset..offset + part.data.len()].copy_from_slice(&part.data);
                 }
                 v1::import_part::Part::End(part) => end = Some(part.data_bytes),
+                v1::import_part::Part::Zero(zero) => panic!("zeroes are holes: {zero:?}"),
             }
         }
         assert_eq!(seen, expect);

@@ -336,6 +336,7 @@ impl FakeAgent {
                     content = vec![0; first.bytes as usize];
                     header = first;
                 }
+                Some(v1::import_part::Part::Zero(zero)) => panic!("an image's zeroes are holes: {zero:?}"),
                 Some(v1::import_part::Part::Data(data)) => {
                     let first = data.offset as usize;
                     assert!(first >= written, "offsets grow");
@@ -367,6 +368,8 @@ impl Agent for FakeAgent {
     type AccessMapStream = Answers<v1::AccessMapPart>;
     type CloneStream = Answers<v1::CloneProgress>;
     type ReceiveDiskStream = Answers<v1::DiskAnswer>;
+    type ExportDiskStream = Answers<v1::DiskPart>;
+    type FlattenImageStream = Answers<v1::FlattenProgress>;
     type AdoptImageStream = Answers<v1::AdoptProgress>;
     type WatchVmStream = Answers<v1::Vm>;
 
@@ -629,6 +632,12 @@ impl Agent for FakeAgent {
         unused()
     }
     async fn receive_disk(&self, _: Request<Streaming<v1::DiskPart>>) -> Answer<Self::ReceiveDiskStream> {
+        unused()
+    }
+    async fn export_disk(&self, _: Request<v1::ExportDiskRequest>) -> Answer<Self::ExportDiskStream> {
+        unused()
+    }
+    async fn flatten_image(&self, _: Request<v1::FlattenImageRequest>) -> Answer<Self::FlattenImageStream> {
         unused()
     }
     async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Answer<v1::MigrateResponse> {

@@ -6,6 +6,7 @@
 
 mod base;
 mod error;
+mod export;
 mod layers;
 mod many;
 mod mend;
@@ -49,6 +50,7 @@ use view::{Board, View};
 use vm::{VmHandle, VmMsg};
 
 pub use error::{HostError, chain};
+pub use export::{ExportRequest, Exported};
 pub use receive::{Begun, Receiving};
 pub use report::{MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
 pub use room::{Room, RoomLevel};

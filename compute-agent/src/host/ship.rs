@@ -26,12 +26,12 @@ use crate::plane::Verb;
 use crate::stack::LayerChange;
 
 /// Bytes of data in one part.
-const PART_BYTES: u64 = 256 << 10;
+pub(super) const PART_BYTES: u64 = 256 << 10;
 /// Bytes of zeroes in one part, which carries none of them.
 const ZERO_BYTES: u64 = 1 << 30;
 /// Parts that wait for the network.
 const PARTS: usize = 8;
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 /// How often a host that never answered is tried, and the pause before.
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(500);
@@ -94,14 +94,18 @@ pub struct Cloning {
 }
 
 /// Everything of a disk that is not the base's, in order.
-struct Reader {
+pub(super) struct Reader {
     disk: Arc<Frozen>,
     at: u64,
 }
 
 impl Reader {
+    pub(super) fn new(disk: Arc<Frozen>) -> Self {
+        Self { disk, at: 0 }
+    }
+
     /// The next part; `None` at the end.
-    async fn next(&mut self) -> Result<Option<Part>, treeboot_block::BlockError> {
+    pub(super) async fn next(&mut self) -> Result<Option<Part>, treeboot_block::BlockError> {
         let bytes = self.disk.geometry().bytes;
         while self.at < bytes {
             let offset = self.at;
@@ -136,7 +140,7 @@ impl Reader {
 }
 
 /// Blocks of data and of zeroes below `end`. Looks at no block.
-fn count(disk: &Frozen, end: u64) -> (u64, u64) {
+pub(super) fn count(disk: &Frozen, end: u64) -> (u64, u64) {
     let end = end.min(disk.geometry().bytes);
     let (mut data, mut zero, mut at) = (0, 0, 0);
     while at < end {

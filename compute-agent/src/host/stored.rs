@@ -12,8 +12,9 @@ use super::view::endpoint;
 use super::{Host, HostError, Settings};
 use crate::desired::{Change, Stored};
 use crate::journal::Journal;
+use crate::plane::PlaneKind;
 use crate::stack::{Backing, PathTo, Sources, StripePaths};
-use crate::store::{self, ImportHeader, Manifest, SentPart, StoreError, Written};
+use crate::store::{self, BaseImage, ImportHeader, Manifest, SentPart, StoreError, Written};
 
 /// Imports at once: each holds a thread and up to [`PARTS`] parts of 1 MiB.
 const IMPORTS: usize = 4;
@@ -197,6 +198,61 @@ impl Host {
         };
         let written = writing.await.map_err(|_| self.shared.stopping())??;
         self.take_in(image, store, written).await
+    }
+
+    /// An image of this store to make a new version of, and its unit of caching in bytes.
+    ///
+    /// # Errors
+    /// It is not there, or only registered.
+    pub fn base_of(&self, id: &ImageId) -> Result<(BaseImage, u32), HostError> {
+        let (desired, store) = (self.desired(), self.store()?);
+        let state = desired.images.get(id).filter(|state| state.stored.is_some());
+        let content = state.ok_or_else(|| self.not_stored(id))?.content;
+        let manifest = manifest_of(store, &content.digest)?;
+        if let Some(url) = manifest.adopted_from.first() {
+            return Err(StoreError::Elsewhere {
+                image: id.clone(),
+                host: self.shared.host().to_string(),
+                at: url.to_string(),
+            }
+            .into());
+        }
+        let base = BaseImage {
+            digest: content.digest,
+            // The kernel's loop device cannot put blocks of several files together.
+            share: self.plane().kind() != PlaneKind::Kernel,
+        };
+        Ok((base, content.chunk_bytes))
+    }
+
+    /// Gives a stored image that shares blocks with another version a copy of all of them, also while it is read. Whether it
+    /// shared any, and the bytes of its data. `progress` hears done and total bytes.
+    ///
+    /// # Errors
+    /// It is not there, or there is no room; it goes on sharing then.
+    pub async fn flatten(
+        &self,
+        id: &ImageId,
+        progress: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<(bool, u64), HostError> {
+        let (base, _) = self.base_of(id)?;
+        let dir = self.store()?.join(base.digest.to_string());
+        let _permit = self.permit().await?;
+        let name = id.to_string();
+        let flattening = tokio::task::spawn_blocking(move || {
+            let io = |doing| StoreError::io(&name, &dir, doing);
+            let shared = store::flatten(&dir, progress).map_err(io("flattened"))?;
+            let mut manifest = Manifest::load(&dir)?;
+            if shared {
+                manifest.base = None;
+                manifest.allocated_bytes = store::data_bytes(&dir).map_err(io("read"))?;
+                manifest.save(&dir).map_err(io("written"))?;
+            }
+            Ok::<_, StoreError>((shared, manifest.allocated_bytes))
+        });
+        let flattened = flattening.await.map_err(|_| self.shared.stopping())??;
+        tracing::info!(image = %id, shared = flattened.0, "flattened");
+        Ok(flattened)
     }
 
     /// The channel through which an import's parts come.
@@ -420,6 +476,7 @@ impl Host {
             bytes,
             chunk_bytes: treeboot_types::DEFAULT_CHUNK_BYTES,
             adopted_from: urls,
+            base: None,
         };
         header.check()?;
         let (sender, parts) = Self::import_parts();

@@ -45,6 +45,8 @@ pub enum Verb {
     CheckDelta,
     /// A copy of a VM's disk here or on another host.
     Clone,
+    /// What a VM's disk has, for a file or a new version of its image.
+    Export,
     /// A VM's disk moved to another host.
     Migrate,
 }
@@ -53,7 +55,7 @@ impl Verb {
     /// Why a kind of plane cannot do it, and what to do instead; `None` where it can.
     pub fn refusal(self, plane: PlaneKind) -> Option<&'static str> {
         match (plane, self) {
-            (PlaneKind::User, Self::Snapshot | Self::CheckDelta | Self::Clone) => None,
+            (PlaneKind::User, Self::Snapshot | Self::CheckDelta | Self::Clone | Self::Export) => None,
             (PlaneKind::User, Self::Migrate) => Some(
                 "this version does not move VMs; stop the VM, clone it to the other host, and destroy it here",
             ),
@@ -63,7 +65,7 @@ impl Verb {
             (PlaneKind::Kernel, Self::CheckDelta) => Some(
                 "what dm-snapshot writes has no checksums; the kernel calls a delta that it cannot read invalid, and 'treeboot doctor' says so",
             ),
-            (PlaneKind::Kernel, Self::Clone | Self::Migrate) => Some(
+            (PlaneKind::Kernel, Self::Clone | Self::Export | Self::Migrate) => Some(
                 "what dm-snapshot wrote cannot be read while the VM runs; run the VM on a host of the user plane",
             ),
             (PlaneKind::Model, _) => Some("a model has no layers; use a real plane"),
@@ -76,6 +78,7 @@ impl Verb {
             Self::Snapshot => "snapshot",
             Self::CheckDelta => "delta check",
             Self::Clone => "clone",
+            Self::Export => "export",
             Self::Migrate => "migrate",
         }
     }

@@ -7,12 +7,13 @@ use tonic::Status;
 use treeboot_block::layers::LayerReport;
 use treeboot_hypervisor::{Readiness, Seed};
 use treeboot_proto::v1;
-use treeboot_types::{HostName, ImageRef, VmName};
+use treeboot_types::{HostName, ImageRef, SnapshotName, VmName};
 
 use super::invalid;
 use crate::doctor::Finding;
 use crate::host::{
-    CloneRequest, Host, Imported, MEMORY_MIB, READY_LIMIT, RoomLevel, StartRequest, VmReport, VmRun,
+    CloneRequest, ExportRequest, Host, Imported, MEMORY_MIB, READY_LIMIT, RoomLevel, StartRequest, VmReport,
+    VmRun,
 };
 use crate::plane::{BaseStats, PathStats};
 
@@ -245,14 +246,26 @@ pub(super) async fn described(host: &Host, name: &VmName, disk: v1::Disk) -> v1:
     }
 }
 
+/// A snapshot, or now.
+fn point_in_time(snapshot: &str) -> Result<Option<SnapshotName>, Status> {
+    match snapshot {
+        "" => Ok(None),
+        name => super::snapshot_name(name).map(Some),
+    }
+}
+
+pub(super) fn export_request(request: v1::ExportDiskRequest) -> Result<ExportRequest, Status> {
+    Ok(ExportRequest {
+        vm: super::vm_name(&request.vm)?,
+        snapshot: point_in_time(&request.snapshot)?,
+        whole: request.whole,
+    })
+}
+
 pub(super) fn clone_request(request: v1::CloneRequest) -> Result<CloneRequest, Status> {
-    let snapshot = match request.snapshot.as_str() {
-        "" => None,
-        name => Some(super::snapshot_name(name)?),
-    };
     Ok(CloneRequest {
         vm: super::vm_name(&request.vm)?,
-        snapshot,
+        snapshot: point_in_time(&request.snapshot)?,
         to: (
             HostName::new(&request.destination).map_err(invalid)?,
             request.destination_address,

@@ -100,6 +100,18 @@ impl Service {
         }
     }
 
+    /// As [`may_use`](Self::may_use), of the image that a VM's disk stands on.
+    async fn may_use_disk<T>(&self, request: &Request<T>, vm: &str) -> Result<(), Status> {
+        let image = match self.host.desired().disks.get(&vm_name(vm)?) {
+            None => return Ok(()),
+            Some(state) => ImageRef {
+                name: state.image.name.clone(),
+                version: Some(state.image.version),
+            },
+        };
+        self.may_use(request, &image).await
+    }
+
     fn refused<T>(&self, verb: Verb) -> Result<T, Status> {
         self.host.can(verb).map_err(status)?;
         Err(Status::unimplemented(format!(
@@ -156,7 +168,9 @@ fn code(error: &HostError) -> tonic::Code {
         | HostError::NotOnPlane { .. }
         | HostError::DiskInUse { .. }
         | HostError::VmRuns { .. }
-        | HostError::Store(StoreError::NoStore { .. }) => Code::FailedPrecondition,
+        | HostError::Store(StoreError::NoStore { .. } | StoreError::Elsewhere { .. }) => {
+            Code::FailedPrecondition
+        }
         HostError::Link(LinkError::Unavailable { .. })
         | HostError::NotReadable { .. }
         | HostError::Stopping { .. }
@@ -166,9 +180,12 @@ fn code(error: &HostError) -> tonic::Code {
             Code::Internal
         }
         HostError::Invalid(_)
-        | HostError::Store(StoreError::Size { .. } | StoreError::Chunk { .. } | StoreError::Part { .. }) => {
-            Code::InvalidArgument
-        }
+        | HostError::Store(
+            StoreError::Size { .. }
+            | StoreError::Chunk { .. }
+            | StoreError::Part { .. }
+            | StoreError::OtherSize { .. },
+        ) => Code::InvalidArgument,
         HostError::Store(StoreError::Interrupted { .. }) => Code::Aborted,
         HostError::Store(StoreError::NoSpace { .. }) => Code::ResourceExhausted,
         HostError::Store(StoreError::Io { .. }) => Code::Internal,
@@ -358,14 +375,7 @@ impl Agent for Service {
     type CloneStream = streams::Answers<v1::CloneProgress>;
 
     async fn clone(&self, request: Request<v1::CloneRequest>) -> Result<Response<Self::CloneStream>, Status> {
-        let vm = vm_name(&request.get_ref().vm)?;
-        if let Some(state) = self.host.desired().disks.get(&vm) {
-            let image = ImageRef {
-                name: state.image.name.clone(),
-                version: Some(state.image.version),
-            };
-            self.may_use(&request, &image).await?;
-        }
+        self.may_use_disk(&request, &request.get_ref().vm).await?;
         let request = convert::clone_request(request.into_inner())?;
         Ok(Response::new(streams::clone(self.host.begin_clone(request))))
     }
@@ -378,6 +388,18 @@ impl Agent for Service {
     ) -> Result<Response<Self::ReceiveDiskStream>, Status> {
         let answers = streams::receive_disk(&self.host, request.into_inner()).await?;
         Ok(Response::new(answers))
+    }
+
+    type ExportDiskStream = streams::Answers<v1::DiskPart>;
+
+    async fn export_disk(
+        &self,
+        request: Request<v1::ExportDiskRequest>,
+    ) -> Result<Response<Self::ExportDiskStream>, Status> {
+        self.may_use_disk(&request, &request.get_ref().vm).await?;
+        let request = convert::export_request(request.into_inner())?;
+        let exported = self.host.export(request).await.map_err(status)?;
+        Ok(Response::new(streams::export(exported)))
     }
 
     async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
@@ -479,6 +501,16 @@ impl Agent for Service {
         let host = self.host.clone();
         whole(async move { host.drop_image(&image).await }).await?;
         Ok(Response::new(v1::DropImageResponse {}))
+    }
+
+    type FlattenImageStream = streams::Answers<v1::FlattenProgress>;
+
+    async fn flatten_image(
+        &self,
+        request: Request<v1::FlattenImageRequest>,
+    ) -> Result<Response<Self::FlattenImageStream>, Status> {
+        let image = image_id(request.into_inner().image.as_ref()).map_err(invalid)?;
+        Ok(Response::new(streams::flatten(&self.host, image)))
     }
 
     async fn start_vm(

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -10,12 +11,14 @@ use tonic::Status;
 use treeboot_proto::v1::disk_answer::Answer;
 use treeboot_proto::v1::disk_part::Part as DiskPart;
 use treeboot_proto::v1::import_part::Part;
-use treeboot_proto::{image_id_or_newest, v1};
-use treeboot_types::{DEFAULT_CHUNK_BYTES, ImageRef, IscsiUrl};
+use treeboot_proto::{image_id, image_id_or_newest, v1};
+use treeboot_types::{DEFAULT_CHUNK_BYTES, ImageId, ImageRef, IscsiUrl};
 
 use super::{convert, invalid, status, whole};
-use crate::host::{Begun, Cloning, Host, HostError, Imported, Progress, Receiving, VmReport, VmRun, chain};
-use crate::store::{ImportHeader, ImportPart};
+use crate::host::{
+    Begun, Cloning, Exported, Host, HostError, Imported, Progress, Receiving, VmReport, VmRun, chain,
+};
+use crate::store::{ImportHeader, ImportPart, SentPart};
 
 /// What a verb streams back.
 pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -28,6 +31,8 @@ const MAX_URLS: usize = 16;
 const ANSWERS: usize = 8;
 /// How long a sender of a disk may be silent: it may wait for its own disk.
 const PART_LIMIT: Duration = Duration::from_secs(60);
+/// Zeroes that are handed on at once.
+static ZEROES: [u8; 1 << 20] = [0; 1 << 20];
 /// How much is read between two words of progress.
 const PROGRESS_BYTES: u64 = 8 << 20;
 
@@ -51,15 +56,23 @@ pub(super) async fn import(
         return Err(invalid("the first part of an import must be its header"));
     };
     let image: ImageRef = image_id_or_newest(header.image.as_ref()).map_err(invalid)?;
+    let base = match &header.base {
+        Some(base) => {
+            let base = image_id(Some(base)).map_err(invalid)?;
+            Some(host.base_of(&base).map_err(status)?)
+        }
+        None => None,
+    };
     let header = ImportHeader {
         image: image.to_string(),
         bytes: header.bytes,
-        chunk_bytes: if header.chunk_bytes == 0 {
-            DEFAULT_CHUNK_BYTES
-        } else {
-            header.chunk_bytes
+        chunk_bytes: match (&base, header.chunk_bytes) {
+            (Some((_, chunk_bytes)), _) => *chunk_bytes,
+            (None, 0) => DEFAULT_CHUNK_BYTES,
+            (None, chunk_bytes) => chunk_bytes,
         },
         adopted_from: Vec::new(),
+        base: base.map(|(base, _)| base),
     };
     let (parts, inbox) = Host::import_parts();
     let importing = {
@@ -76,6 +89,12 @@ pub(super) async fn import(
                         offset: data.offset,
                         data: data.data.into(),
                     })
+                }
+                Ok(Some(Part::Zero(zero))) => {
+                    if !send_zeroes(&parts, &zero).await {
+                        return;
+                    }
+                    continue;
                 }
                 Ok(Some(Part::End(end))) if end.data_bytes == data_bytes => return,
                 Ok(Some(Part::End(end))) => Err(format!(
@@ -99,6 +118,59 @@ pub(super) async fn import(
     let imported = importing.await;
     reading.abort();
     imported
+}
+
+/// Zeroes as parts of data; `false` where nobody takes them.
+async fn send_zeroes(parts: &mpsc::Sender<SentPart>, zero: &v1::ImportZero) -> bool {
+    let (mut offset, mut left) = (zero.offset, zero.bytes);
+    while left > 0 {
+        let now = left.min(ZEROES.len() as u64);
+        let data = Bytes::from_static(&ZEROES[..now as usize]);
+        if parts.send(Ok(ImportPart { offset, data })).await.is_err() {
+            return false;
+        }
+        // What has no end is refused by whoever takes it.
+        (offset, left) = (offset.saturating_add(now), left - now);
+    }
+    true
+}
+
+/// What a disk has, as it is read.
+pub(super) fn export(exported: Exported) -> Answers<v1::DiskPart> {
+    Box::pin(ReceiverStream::new(exported).map(|part| part.map_err(status)))
+}
+
+/// How far a flattening is, then what came of it. It goes on where nobody listens.
+pub(super) fn flatten(host: &Host, image: ImageId) -> Answers<v1::FlattenProgress> {
+    let (answers, stream) = mpsc::channel(ANSWERS);
+    let host = host.clone();
+    tokio::spawn(async move {
+        let progress = answers.clone();
+        let mut said = 0;
+        let tell = move |done_bytes: u64, total_bytes: u64| {
+            if done_bytes >= said + PROGRESS_BYTES {
+                said = done_bytes;
+                // A word of progress that nobody reads is lost, no more.
+                let _ = progress.try_send(Ok(v1::FlattenProgress {
+                    done_bytes,
+                    total_bytes,
+                    result: None,
+                }));
+            }
+        };
+        let answer = match host.flatten(&image, tell).await {
+            Ok((shared, allocated_bytes)) => Ok(v1::FlattenProgress {
+                result: Some(v1::FlattenResult {
+                    shared,
+                    allocated_bytes,
+                }),
+                ..v1::FlattenProgress::default()
+            }),
+            Err(error) => Err(status(error)),
+        };
+        let _ = answers.send(answer).await;
+    });
+    Box::pin(ReceiverStream::new(stream))
 }
 
 /// A clone's progress, then its end. Whoever goes away cancels it.

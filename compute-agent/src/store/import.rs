@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -9,6 +10,7 @@ use treeboot_block::storage::{FileStorage, OpenMode, Storage};
 use treeboot_block::verity::{VerityBuilder, VerityLayout};
 use treeboot_types::{Digest, IscsiUrl, VERITY_BLOCK_BYTES};
 
+use super::shared::{Below, MAX_DEPTH, Patching, depth};
 use super::{MAX_IMAGE_BYTES, Manifest, StoreError, UNFINISHED};
 
 const BLOCK: usize = VERITY_BLOCK_BYTES as usize;
@@ -26,9 +28,20 @@ pub struct ImportHeader {
     pub chunk_bytes: u32,
     /// Where the data stays, for an adopted image, whose data is hashed and not written.
     pub adopted_from: Vec<IscsiUrl>,
+    /// What it is a new version of: what no part says is as there.
+    pub base: Option<BaseImage>,
 }
 
-/// Some of the data. Parts grow; what lies between them is a hole.
+/// An image in the same store that a new version is made of.
+#[derive(Debug, Clone)]
+pub struct BaseImage {
+    /// Which.
+    pub digest: Digest,
+    /// Whether what is alike is kept once, or else copied.
+    pub share: bool,
+}
+
+/// Some of the data. Parts grow; what lies between them is a hole, or the base's, and then parts are whole blocks of 4096.
 #[derive(Debug, Clone)]
 pub struct ImportPart {
     /// Where it begins.
@@ -90,6 +103,7 @@ pub fn write(
             allocated_bytes: 0,
             names: BTreeSet::new(),
             adopted_from: header.adopted_from.clone(),
+            base: None,
         },
     };
     let layout = VerityLayout::new(header.bytes);
@@ -99,14 +113,31 @@ pub fn write(
             .and_then(|file| file.set_len(bytes).map(|()| file))
             .map_err(StoreError::io(image, &path, "made"))
     };
-    let hash = open(treeboot_block::cache::HASH_FILE, layout.hash_bytes())?;
-    let data = if header.adopted_from.is_empty() {
-        Some(open(treeboot_block::cache::DATA_FILE, layout.padded_bytes())?)
-    } else {
-        None
-    };
     let full = |doing| StoreError::io(image, store, doing);
-    let mut builder = VerityBuilder::new(layout, &hash);
+    let hash = open(treeboot_block::cache::HASH_FILE, layout.hash_bytes())?;
+    let data = || open(treeboot_block::cache::DATA_FILE, layout.padded_bytes());
+    let mut base = None;
+    let (data, hash): (Option<Arc<dyn Storage>>, Arc<dyn Storage>) = match &header.base {
+        Some(of) => {
+            let (below, patching) = begin(store, header, of, data()?, hash)?;
+            let halves = (patching.data.clone(), patching.hash.clone());
+            base = Some((of, below, patching));
+            (Some(halves.0), halves.1)
+        }
+        None if header.adopted_from.is_empty() => (Some(Arc::new(data()?)), Arc::new(hash)),
+        None => (None, Arc::new(hash)),
+    };
+    let mut builder = VerityBuilder::new(layout, &*hash);
+    let below = base.as_ref().map(|(_, below, _)| below);
+    let skip = |builder: &mut VerityBuilder<'_>, bytes: u64| match below {
+        None => builder.skip_zeroes(bytes),
+        Some(below) => below.digests(
+            builder,
+            builder.done_bytes() / BLOCK as u64,
+            bytes.div_ceil(BLOCK as u64),
+        ),
+    };
+    let grain = if below.is_some() { BLOCK as u64 } else { 512 };
     while let Some(part) = parts.blocking_recv() {
         let part = part.map_err(|why| StoreError::Interrupted {
             image: header.image.clone(),
@@ -118,7 +149,9 @@ pub fn write(
             .offset
             .checked_add(bytes)
             .is_some_and(|end| end <= header.bytes && part.offset >= done);
-        if !fits || !part.offset.is_multiple_of(512) || !bytes.is_multiple_of(512) {
+        let whole =
+            bytes.is_multiple_of(grain) || bytes.is_multiple_of(512) && part.offset + bytes == header.bytes;
+        if !fits || !part.offset.is_multiple_of(grain) || !whole {
             return Err(StoreError::Part {
                 image: header.image.clone(),
                 offset: part.offset,
@@ -127,22 +160,72 @@ pub fn write(
                 total: header.bytes,
             });
         }
-        builder.skip_zeroes(part.offset - done).map_err(full("written"))?;
+        skip(&mut builder, part.offset - done).map_err(full("written"))?;
         builder.update(&part.data).map_err(full("written"))?;
-        if let Some(data) = &data {
-            written.manifest.allocated_bytes += write_sparse(data, &part).map_err(full("written"))?;
-        } else {
-            written.manifest.allocated_bytes += bytes;
+        match &data {
+            Some(data) if below.is_some() => {
+                data.write_at(part.offset, &part.data).map_err(full("written"))?
+            }
+            Some(data) => {
+                written.manifest.allocated_bytes += write_sparse(&**data, &part).map_err(full("written"))?;
+            }
+            None => written.manifest.allocated_bytes += bytes,
         }
     }
     let rest = header.bytes - builder.done_bytes();
-    builder.skip_zeroes(rest).map_err(full("written"))?;
+    skip(&mut builder, rest).map_err(full("written"))?;
     written.manifest.digest = builder.finish().map_err(full("written"))?;
+    if let Some((of, below, patching)) = &base {
+        written.manifest.allocated_bytes = patching.own_bytes();
+        let shared = of.share && depth(&below.dir) < MAX_DEPTH;
+        let shared = shared && patching.share(&dir, below).map_err(full("linked"))?;
+        if shared {
+            written.manifest.base = Some(of.digest);
+        } else {
+            patching.fill(below).map_err(full("written"))?;
+            written.manifest.allocated_bytes = data_bytes(&dir).map_err(full("read"))?;
+        }
+    }
     if let Some(data) = &data {
         data.sync().map_err(full("synced"))?;
     }
     hash.sync().map_err(full("synced"))?;
     Ok(written)
+}
+
+/// Opens what a new version is made of, and checks that it is what it was.
+fn begin(
+    store: &Path,
+    header: &ImportHeader,
+    of: &BaseImage,
+    data: FileStorage,
+    hash: FileStorage,
+) -> Result<(Below, Patching), StoreError> {
+    let dir = store.join(of.digest.to_string());
+    let io = |doing| StoreError::io(&header.image, &dir, doing);
+    let base_bytes = Manifest::load(&dir)?.bytes;
+    if base_bytes != header.bytes {
+        return Err(StoreError::OtherSize {
+            image: header.image.clone(),
+            bytes: header.bytes,
+            base_bytes,
+        });
+    }
+    let below = Below::open(&dir, of.digest, base_bytes).map_err(io("read"))?;
+    let patching = below.patch(data, hash);
+    if !below.is_sound(&patching).map_err(io("read"))? {
+        return Err(StoreError::Damaged {
+            path: dir.clone(),
+            why: "its hash tree is not that of its digest".into(),
+        });
+    }
+    Ok((below, patching))
+}
+
+/// Bytes on disk of a directory's data.
+pub(crate) fn data_bytes(dir: &Path) -> std::io::Result<u64> {
+    let path = dir.join(treeboot_block::cache::DATA_FILE);
+    FileStorage::open(&path, OpenMode::Beside)?.allocated_bytes()
 }
 
 /// Writes what is not zero, in runs, and returns how much that was.

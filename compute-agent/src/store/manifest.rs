@@ -26,6 +26,9 @@ pub struct Manifest {
     /// Where the data is, for an adopted image; none for an imported one.
     #[serde(default)]
     pub adopted_from: Vec<IscsiUrl>,
+    /// What it is a version of and shares blocks with; for people, the directory's `own` says what counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Digest>,
 }
 
 impl Manifest {

@@ -5,14 +5,17 @@
 
 mod import;
 mod manifest;
+mod shared;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use treeboot_types::ImageId;
 
-pub use import::{ImportHeader, ImportPart, SentPart, Written, write};
+pub(crate) use import::data_bytes;
+pub use import::{BaseImage, ImportHeader, ImportPart, SentPart, Written, write};
 pub use manifest::Manifest;
+pub(crate) use shared::{flatten, open, shares};
 
 /// What a store directory holds besides the cache's files.
 pub(crate) const MANIFEST: &str = "image.json";
@@ -100,6 +103,30 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
+    /// A new version of another size.
+    #[error(
+        "the new version of {image} has {bytes} bytes, and the image that it is made of has {base_bytes}"
+    )]
+    OtherSize {
+        /// The image.
+        image: String,
+        /// The new version's.
+        bytes: u64,
+        /// That of the one below.
+        base_bytes: u64,
+    },
+    /// Its data is not here.
+    #[error(
+        "image {image} is only registered at host '{host}', its data is at {at}; import it as an image of its own, and make VMs of that"
+    )]
+    Elsewhere {
+        /// The image.
+        image: ImageId,
+        /// The host.
+        host: String,
+        /// Its first target.
+        at: String,
+    },
     /// VMs or hosts read it.
     #[error("image {image} is not in the store of host '{host}'")]
     NotStored {
@@ -147,7 +174,7 @@ pub fn scan(dir: &Path) -> io::Result<Vec<Result<Manifest, StoreError>>> {
     Ok(found)
 }
 
-/// Removes the directories of imports that were interrupted. Returns how many there were.
+/// Removes the directories of imports that were interrupted, and what a flattening left. Returns how many imports there were.
 pub fn sweep(dir: &Path) -> io::Result<usize> {
     let mut swept = 0;
     for entry in std::fs::read_dir(dir)? {
@@ -155,7 +182,12 @@ pub fn sweep(dir: &Path) -> io::Result<usize> {
         if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
             std::fs::remove_dir_all(entry.path())?;
             swept += 1;
+        } else if entry.path().join(MANIFEST).exists() {
+            shared::sweep(&entry.path())?;
         }
     }
     Ok(swept)
 }
+
+#[cfg(test)]
+mod tests;

@@ -391,6 +391,7 @@ pub async fn import(host: &Host, name: &str, bytes: &[u8]) -> ImageId {
         bytes: bytes.len() as u64,
         chunk_bytes: 65536,
         adopted_from: Vec::new(),
+        base: None,
     };
     let importing = {
         let host = host.clone();

@@ -16,7 +16,7 @@ use treeboot_tests::reader::log_in;
 use treeboot_tests::relay::Relay;
 use treeboot_tests::wait::wait_until;
 
-use crate::support::{Machine, mount, with_cluster};
+use crate::support::{Machine, mount, refused, with_cluster};
 
 const IMAGE: &str = "pattern";
 const PATTERN: Pattern = Pattern {
@@ -165,17 +165,6 @@ async fn crossed(relay: &Relay, bytes: u64) -> Result<()> {
         Ok((relay.sent() >= bytes).then_some(()))
     })
     .await
-}
-
-async fn refused(cluster: &Cluster, args: &[&str], code: i32, part: &str) -> Result<()> {
-    let output = cluster.treeboot_output(args).await?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.code() == Some(code) && words.contains(part),
-        "{args:?}: {}, {words}, not {code} and '{part}'",
-        output.status
-    );
-    Ok(())
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod kills;
 mod model;
 mod names;
 mod orphans;
+mod publish;
 mod record;
 mod room;
 mod sectors;

@@ -82,3 +82,15 @@ pub(crate) fn mount(args: &[impl AsRef<OsStr>], at: &Path) -> Result<()> {
     );
     Ok(())
 }
+
+/// `treeboot` with these arguments ends with this exit code, and with words that have this part.
+pub(crate) async fn refused(cluster: &Cluster, args: &[&str], code: i32, part: &str) -> Result<()> {
+    let output = cluster.treeboot_output(args).await?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(code) && words.contains(part),
+        "{args:?}: {}, {words}, not {code} and '{part}'",
+        output.status
+    );
+    Ok(())
+}

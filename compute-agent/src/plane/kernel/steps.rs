@@ -68,6 +68,15 @@ impl KernelPlane {
                 ),
             });
         }
+        let dir = self.sys.store_dir(&digest);
+        if backing == Backing::Store && dir.is_some_and(|dir| crate::store::shares(&dir)) {
+            return Err(PlaneError::Unfit {
+                what: format!("content {}", digest.short()),
+                why: "it shares blocks with the version that it was published from, and the kernel's loop device cannot put them together; start \
+                      the agent with the user plane and run 'treeboot image flatten'"
+                    .into(),
+            });
+        }
         let base = BaseRecord { content, backing };
         let found = self.look(Scope::Base(digest)).await?;
         if let Some(open) = found.bases.get(&digest) {

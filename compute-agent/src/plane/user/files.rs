@@ -24,7 +24,7 @@ pub(super) async fn open_cache(
     let deadline = tokio::time::Instant::now() + CLOSING_LIMIT;
     loop {
         let (at, source) = (dir.clone(), Arc::clone(&source));
-        let opened = blocking(move || Ok(ChunkCache::open(&at, image, source, options))).await?;
+        let opened = blocking(move || Ok(crate::store::open(&at, image, source, options))).await?;
         match opened {
             Ok(cache) => return Ok(cache),
             Err(CacheError::InUse { .. }) if tokio::time::Instant::now() < deadline => {
