@@ -18,8 +18,9 @@ use crate::workspace;
 /// The fuzz targets, as in `fuzz/Cargo.toml`.
 const TARGETS: &[&str] = &["pdu", "login", "cdb", "session", "dm"];
 
-/// Not a fuzz target: faults of the kernel plane. It needs root, so it runs only where it is asked for.
+/// Not fuzz targets: faults of the kernel plane, and deaths below a guest. They need root, so they run only where they are asked for.
 const KERNEL: &str = "kernel";
+const ENDURE: &str = "endure";
 
 /// The longest input; a session of some dozen PDUs.
 const LONGEST_BYTES: u32 = 4096;
@@ -40,7 +41,13 @@ pub(crate) struct Args {
     /// Hosts of a simulated fleet
     #[arg(long, default_value_t = 200)]
     hosts: u64,
-    /// Only these; 'oracle', 'sim', 'model' and 'writes' (once) are of them too [default: all], and 'kernel' (root; once, without a limit of time) [default: not]
+    /// Restarts of each process below a guest
+    #[arg(long, default_value_t = 50)]
+    restarts: u32,
+    /// Kills of each process below a guest
+    #[arg(long, default_value_t = 20)]
+    kills: u32,
+    /// Only these; 'oracle', 'sim', 'model' and 'writes' (once) are of them too [default: all], and, both root's and without a limit of time, 'endure' and 'kernel' (once) [default: not]
     #[arg(value_name = "TARGET", value_parser = targets())]
     only: Vec<String>,
 }
@@ -49,7 +56,7 @@ fn targets() -> clap::builder::PossibleValuesParser {
     TARGETS
         .iter()
         .copied()
-        .chain(["oracle", "sim", "model", "writes", KERNEL])
+        .chain(["oracle", "sim", "model", "writes", ENDURE, KERNEL])
         .collect::<Vec<_>>()
         .into()
 }
@@ -101,6 +108,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if wanted("writes") {
         begin("the coordinator killed at every write, once", &logs, "writes");
         outcomes.push(writes(&logs)?);
+    }
+    if args.only.iter().any(|only| only == ENDURE) {
+        begin("a guest at each front end while others die", &logs, ENDURE);
+        outcomes.push(endure(args, &logs)?);
     }
     if args.only.iter().any(|only| only == KERNEL) {
         begin("kernel, once", &logs, KERNEL);
@@ -369,5 +380,34 @@ fn writes(logs: &Path) -> Result<Outcome> {
         executions: kills,
         corpus: None,
         finding: (!well).then(|| format!("see {}", log.display())),
+    })
+}
+
+/// A guest at each front end while everything between it and its bytes is restarted and killed; prints the pauses that it saw.
+fn endure(args: &Args, logs: &Path) -> Result<Outcome> {
+    let guest = crate::guest::ensure(crate::guest::Kind::Busybox)?;
+    let mut cargo = processes(&["--include-ignored", "--test-threads=1", "endure::"])?;
+    cargo
+        .env("TREEBOOT_ENDURE_RESTARTS", args.restarts.to_string())
+        .env("TREEBOOT_ENDURE_KILLS", args.kills.to_string())
+        .env("TREEBOOT_GUEST_BUSYBOX", guest);
+    let log = log_of(logs, ENDURE);
+    let (well, took, text) = logged(&mut cargo, &log)?;
+    let mut rounds = 0;
+    for row in text.lines().filter(|line| line.starts_with("| ")) {
+        println!("{row}");
+        let times = row
+            .split('|')
+            .nth(3)
+            .and_then(|times| times.trim().parse::<u64>().ok());
+        rounds += times.unwrap_or(0);
+    }
+    let skipped = text.contains("SKIPPED");
+    Ok(Outcome {
+        name: ENDURE,
+        seconds: took.as_secs(),
+        executions: Some(rounds),
+        corpus: None,
+        finding: (!well || skipped).then(|| format!("see {}", log.display())),
     })
 }

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::process::{PidfdFlags, pidfd_open};
+
 use super::wire::{self, Word};
 use super::{pause, readable};
 
@@ -46,8 +49,18 @@ impl Holder {
         Ok(held)
     }
 
-    /// Has `fd` held, by a holder that is started where none runs.
+    /// Has `fd` held, by a holder that is started where none runs. One that ends just then had nothing to hold, or died.
     pub(crate) fn put(&self, name: &str, fd: &OwnedFd) -> io::Result<()> {
+        let began = Instant::now();
+        loop {
+            match self.put_once(name, fd) {
+                Err(error) if has_ended(&error) && began.elapsed() < STARTS_WITHIN => pause(),
+                other => return other,
+            }
+        }
+    }
+
+    fn put_once(&self, name: &str, fd: &OwnedFd) -> io::Result<()> {
         let socket = match self.connect()? {
             Some(socket) => socket,
             None => self.start()?,
@@ -61,8 +74,33 @@ impl Holder {
         let Some(socket) = self.connect()? else {
             return Ok(());
         };
-        wire::send(&socket, &Word::Drop(name.to_owned()), None)?;
-        done(answer(&socket)?)
+        let dropped = wire::send(&socket, &Word::Drop(name.to_owned()), None)
+            .and_then(|()| answer(&socket))
+            .and_then(done);
+        match dropped {
+            // It holds nothing any more.
+            Err(error) if has_ended(&error) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// What becomes readable when the holder that runs now ends; `None` where none runs.
+    pub(crate) fn end(&self) -> io::Result<Option<OwnedFd>> {
+        let Some(socket) = self.connect()? else {
+            return Ok(None);
+        };
+        let pid = wire::peer(&socket)?;
+        drop(socket);
+        let end = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(end) => end,
+            Err(Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // It lived all the time, so that the number is not another process's by now.
+        match self.connect()? {
+            Some(socket) if wire::peer(&socket)? == pid => Ok(Some(end)),
+            _ => Ok(None),
+        }
     }
 
     /// A connection to the holder; `None` where none runs. Any other failure must not look as if nothing were held.
@@ -110,6 +148,14 @@ fn answer(socket: &OwnedFd) -> io::Result<(Word, Option<OwnedFd>)> {
         return Err(io::ErrorKind::TimedOut.into());
     }
     wire::receive(socket)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Whether a holder that was spoken to is no more.
+fn has_ended(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
 }
 
 fn done((word, _): (Word, Option<OwnedFd>)) -> io::Result<()> {

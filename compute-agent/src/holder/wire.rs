@@ -12,6 +12,7 @@ use rustix::net::{
     self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
+use rustix::process::Pid;
 
 /// The socket in the state directory.
 const SOCKET: &str = "holder.sock";
@@ -67,6 +68,11 @@ pub(super) fn forget(state: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// The process at the other end: of a connection to the holder, the one that listens.
+pub(super) fn peer(socket: &OwnedFd) -> io::Result<Pid> {
+    Ok(sockopt::socket_peercred(socket)?.pid)
 }
 
 pub(super) fn connect(state: &Path) -> io::Result<OwnedFd> {

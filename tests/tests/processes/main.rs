@@ -10,6 +10,7 @@ mod clock;
 mod clones;
 mod config;
 mod device;
+mod endure;
 mod faults;
 mod harness;
 mod http;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use treeboot_proto::v1;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::need::{Need, require};
@@ -23,7 +23,7 @@ const WRITTEN: &str = "write_mb=24";
 const SOON: Duration = Duration::from_secs(100);
 
 /// A small file system at a folder.
-fn small(image: &Path, at: &Path) -> Result<()> {
+pub(crate) fn small(image: &Path, at: &Path) -> Result<()> {
     std::fs::File::create(image)?.set_len(DISK_MIB << 20)?;
     let made = Command::new("mkfs.ext4")
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
@@ -34,20 +34,42 @@ fn small(image: &Path, at: &Path) -> Result<()> {
     mount(&["-o".as_ref(), "loop".as_ref(), image.as_os_str()], at)
 }
 
-/// Takes all of it but `left` bytes.
-fn fill(small: &Path, left: u64) -> Result<PathBuf> {
-    let hog = small.join("hog");
-    let room = nix::sys::statvfs::statvfs(small)?;
-    let free = room.blocks_available() * room.fragment_size();
-    let bytes = free.checked_sub(left).context("it is smaller than that")?;
-    let file = std::fs::File::create(&hog)?;
-    nix::fcntl::fallocate(
-        &file,
-        nix::fcntl::FallocateFlags::empty(),
-        0,
-        i64::try_from(bytes)?,
-    )?;
-    Ok(hog)
+/// A file that takes a file system's room.
+pub(crate) struct Hog {
+    path: PathBuf,
+    file: std::fs::File,
+}
+
+impl Hog {
+    pub(crate) fn new(small: &Path) -> Result<Self> {
+        let path = small.join("hog");
+        let file = std::fs::File::create(&path)?;
+        Ok(Self { path, file })
+    }
+
+    /// Takes all that there is but so many bytes; says whether there was anything to take.
+    fn take_all_but(&self, left: u64) -> Result<bool> {
+        let room = nix::sys::statvfs::fstatvfs(&self.file)?;
+        let free = room.blocks_available() * room.fragment_size();
+        let Some(bytes) = free.checked_sub(left).filter(|bytes| *bytes > 0) else {
+            return Ok(false);
+        };
+        let bytes = self.file.metadata()?.len() + bytes;
+        let flags = nix::fcntl::FallocateFlags::empty();
+        match nix::fcntl::fallocate(&self.file, flags, 0, i64::try_from(bytes)?) {
+            // Somebody else took it first, or it is kept for the file system's own tables.
+            Err(nix::errno::Errno::ENOSPC) => Ok(false),
+            other => Ok(other.map(|()| true)?),
+        }
+    }
+
+    pub(crate) fn take_all(&self) -> Result<bool> {
+        self.take_all_but(0)
+    }
+
+    pub(crate) fn remove(self) -> Result<()> {
+        Ok(std::fs::remove_file(self.path)?)
+    }
 }
 
 #[test]
@@ -71,7 +93,8 @@ fn a_guest_on_a_full_disk_stands_still_and_goes_on_when_there_is_room() -> Resul
 
 async fn stands_still(cluster: &Cluster, small: &Path) -> Result<()> {
     let host = &cluster.hosts[0];
-    let hog = fill(small, LEFT_MIB << 20)?;
+    let hog = Hog::new(small)?;
+    hog.take_all_but(LEFT_MIB << 20)?;
     let order = guest::order_with_jobs("full", IMAGE, &[WRITTEN, "verify_mb=24"]);
     fleet::start(host, &order).await?;
     let stands_still = async || {
@@ -94,7 +117,7 @@ async fn stands_still(cluster: &Cluster, small: &Path) -> Result<()> {
     stands_still().await?;
     let console = guest::console(&fleet::describe(host, &order.vm).await?)?;
     ensure!(!console.contains("wrote"), "there was room: {console}");
-    std::fs::remove_file(hog)?;
+    hog.remove()?;
     let vm = fleet::await_ready(host, &order.vm, SOON).await?;
     let console = guest::console(&vm)?;
     ensure!(

@@ -4,6 +4,7 @@
 //! connection behind it is held by the holder too (`crate::holder`): while no agent serves it, reads and writes wait, and the next one goes on with
 //! it. Everything here but [`serve`] blocks, on threads that may.
 
+mod keep;
 mod mount;
 mod serve;
 mod wire;
@@ -24,6 +25,7 @@ use super::files::{blocking, gone, names};
 use crate::holder::Holder;
 use crate::plane::{PlaneError, links};
 use crate::stack::FoundDevice;
+use keep::Keeping;
 use serve::Serving;
 
 /// The folder of the mount points in the state directory.
@@ -37,16 +39,22 @@ const PAUSE: Duration = Duration::from_millis(5);
 pub(super) struct Devices {
     folder: PathBuf,
     holder: Holder,
-    serving: Arc<Mutex<BTreeMap<VmName, Arc<Serving>>>>,
+    serving: Served,
+    keeping: Arc<Keeping>,
 }
+
+/// The disks that this agent serves as devices.
+type Served = Arc<Mutex<BTreeMap<VmName, Arc<Serving>>>>;
 
 impl Devices {
     /// `state` is the agent's state directory. Nothing is looked at or made yet.
     pub(super) fn new(state: &Path) -> Self {
+        let (holder, serving) = (Holder::new(state), Served::default());
         Self {
             folder: state.join(FOLDER),
-            holder: Holder::new(state),
-            serving: Arc::default(),
+            keeping: Arc::new(Keeping::new(holder.clone(), Arc::clone(&serving))),
+            holder,
+            serving,
         }
     }
 
@@ -61,6 +69,7 @@ impl Devices {
         let serving = Serving::start(connection, disk, vm.to_string(), taken_over)
             .map_err(|error| PlaneError::io(format!("serving the device of VM '{vm}'"), error))?;
         self.serving.lock().insert(vm.clone(), Arc::new(serving));
+        self.keeping.watch();
         let place = self.place(vm);
         let made = blocking(move || place.make_device(block_bytes)).await;
         if let Err(cause) = made {
@@ -85,6 +94,7 @@ impl Devices {
             serving.end().await;
         }
         let place = self.place(vm);
+        let _not_held_again = self.keeping.pause().await;
         blocking(move || place.disconnect()).await
     }
 

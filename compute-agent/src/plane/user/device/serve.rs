@@ -26,6 +26,7 @@ const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// A disk being served.
 pub(super) struct Serving {
+    connection: Arc<AsyncFd<OwnedFd>>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -55,14 +56,27 @@ impl Serving {
         }
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let (stopped, requests) = (stop.clone(), tasks.clone());
+        let served = Arc::clone(&connection);
         tasks.spawn(async move {
-            let all = answer_all(&connection, &disk, &vm, &requests, &stopped);
+            let all = answer_all(&served, &disk, &vm, &requests, &stopped);
             tokio::select! {
                 () = stopped.cancelled() => {}
                 () = all => tracing::debug!(vm, "the connection of the device ended"),
             }
         });
-        Ok(Self { stop, tasks })
+        Ok(Self {
+            connection,
+            stop,
+            tasks,
+        })
+    }
+
+    /// Another descriptor of the connection, for one who holds it.
+    ///
+    /// # Errors
+    /// The operating system's: too many open files.
+    pub(super) fn connection(&self) -> std::io::Result<OwnedFd> {
+        self.connection.get_ref().try_clone()
     }
 
     /// Ends it; the connection lives on where somebody else holds it.
