@@ -79,7 +79,7 @@ enum Command {
     Clone(clone::CloneArgs),
     Publish(publish::PublishArgs),
     Describe(describe::DescribeArgs),
-    /// Check what a VM wrote
+    /// Check what a VM wrote, and export it
     #[command(subcommand)]
     Delta(delta::DeltaVerb),
     /// Boot and stop many virtual machines at once

@@ -1,5 +1,8 @@
 //! `treeboot delta …`: what VMs wrote.
 
+mod export;
+mod qcow2;
+
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -20,6 +23,7 @@ const BLOCK_BYTES: u64 = 4096;
 /// Verbs on deltas.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum DeltaVerb {
+    Export(export::ExportArgs),
     /// Read all that a VM wrote, and say which layer is damaged and where
     #[command(
         after_help = "Example:\n  treeboot delta check web-1\n  treeboot delta check web-1 --offline /var/lib/treeboot/agent/deltas"
@@ -61,12 +65,15 @@ struct DamageJson {
 
 /// Runs a verb.
 pub(crate) async fn run(options: &Options, verb: DeltaVerb) -> Result<(), Failure> {
-    let DeltaVerb::Check {
-        vm,
-        host,
-        offline,
-        json,
-    } = verb;
+    let (vm, host, offline, json) = match verb {
+        DeltaVerb::Export(args) => return export::run(options, args).await,
+        DeltaVerb::Check {
+            vm,
+            host,
+            offline,
+            json,
+        } => (vm, host, offline, json),
+    };
     let layers = match offline {
         Some(directory) => of_files(&directory, &vm)?,
         None => {
