@@ -100,6 +100,9 @@ fn render(described: &Described) -> String {
         output::bytes(vm.read_bytes),
         output::bytes(vm.written_bytes),
     );
+    if let Some(to) = &vm.moves_to {
+        text += &format!("  moves to   host '{to}'\n");
+    }
     if let Some(error) = &vm.error {
         text += &format!("  failed     {error}\n");
     }

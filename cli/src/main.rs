@@ -17,6 +17,7 @@ mod host;
 mod image;
 mod import;
 mod login;
+mod migrate;
 mod output;
 mod parallel;
 mod publish;
@@ -78,6 +79,7 @@ enum Command {
     Snapshot(snapshot::SnapshotVerb),
     Clone(clone::CloneArgs),
     Publish(publish::PublishArgs),
+    Migrate(migrate::MigrateArgs),
     Describe(describe::DescribeArgs),
     /// Check what a VM wrote, and export it
     #[command(subcommand)]
@@ -142,6 +144,7 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Snapshot(verb) => snapshot::run(options, verb).await,
         Command::Publish(args) => publish::run(options, args).await,
         Command::Clone(args) => clone::run(options, args).await,
+        Command::Migrate(args) => migrate::run(options, args).await,
         Command::Describe(args) => describe::run(options, args).await,
         Command::Delta(verb) => delta::run(options, verb).await,
         Command::Fleet(verb) => fleet::run(options, verb).await,

@@ -3,138 +3,26 @@
 //! It is enough to serve every base and every disk again after a restart, before anyone is asked. Deliberately
 //! absent: what is really there (that is `inspect`'s word, and it outranks this one).
 
+mod disk;
+mod place;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use treeboot_types::{
-    Digest, Endpoint, Epoch, HostName, ImageId, Parent, PathPolicy, Placement, StripeIndex, StripePlacement,
-    VmName,
-};
+use treeboot_types::{Digest, ImageId, VmName};
+
+pub use disk::{DiskState, Move, RunSpec, Stage};
+pub use place::{Place, PlacedParent, PlacedStripe};
 
 use crate::planted::{Bug, planted};
-use crate::stack::{Access, Backing, Content, PathTo, Sources, StripePaths, Wanted, WantedBase, WantedDisk};
+use crate::stack::{Access, Backing, Content, Sources, Wanted, WantedBase};
 
 /// How many caches of images that nothing here uses any more stay on the disk: a fleet that is stopped and started
 /// again boots warm, and the disk does not fill with every image that ever was. A cache group's budget replaces it.
 pub const KEPT_CACHES: usize = 4;
 
-/// A parent, and where it stands in its tree.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlacedParent {
-    /// Where to read.
-    pub path: PathTo,
-    /// It holds the whole image.
-    pub origin: bool,
-    /// Its depth; an origin has 0.
-    pub depth: u32,
-}
-
-/// A host's place in one stripe's tree.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct PlacedStripe {
-    /// Parents that share the load.
-    pub active: Vec<PlacedParent>,
-    /// Where reads go when none of them answers, in this order.
-    pub fallbacks: Vec<PlacedParent>,
-    /// How the load is shared.
-    pub policy: PathPolicy,
-    /// The host's own depth.
-    pub depth: u32,
-}
-
-/// A host's place in an image's trees, as the coordinator last gave it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
-    /// When it was decided.
-    pub epoch: Epoch,
-    /// Stripe unit in bytes.
-    pub unit_bytes: u64,
-    /// One for each stripe.
-    pub stripes: Vec<PlacedStripe>,
-    /// Who may attach here.
-    pub children: BTreeSet<HostName>,
-}
-
-impl PlacedParent {
-    fn of(parent: &Parent) -> Self {
-        Self {
-            path: PathTo {
-                host: parent.host.clone(),
-                endpoint: Endpoint::clone(&parent.endpoint),
-            },
-            origin: parent.origin,
-            depth: parent.depth,
-        }
-    }
-
-    fn told(&self) -> Parent {
-        Parent {
-            host: self.path.host.clone(),
-            endpoint: Arc::new(self.path.endpoint.clone()),
-            origin: self.origin,
-            depth: self.depth,
-        }
-    }
-}
-
-impl Place {
-    /// What the coordinator says, as the journal keeps it.
-    pub fn of(placement: &Placement) -> Self {
-        let parents = |parents: &[Parent]| parents.iter().map(PlacedParent::of).collect();
-        Self {
-            epoch: placement.epoch,
-            unit_bytes: placement.image.stripe_unit_bytes,
-            stripes: placement
-                .stripes
-                .iter()
-                .map(|stripe| PlacedStripe {
-                    active: parents(&stripe.active),
-                    fallbacks: parents(&stripe.fallbacks),
-                    policy: stripe.policy,
-                    depth: stripe.depth,
-                })
-                .collect(),
-            children: placement
-                .children
-                .iter()
-                .map(|child| child.host.clone())
-                .collect(),
-        }
-    }
-
-    /// The stripes as they are told to the coordinator.
-    pub fn told(&self) -> Vec<StripePlacement> {
-        let parents = |parents: &[PlacedParent]| parents.iter().map(PlacedParent::told).collect();
-        (0u16..)
-            .zip(&self.stripes)
-            .map(|(index, stripe)| StripePlacement {
-                stripe: StripeIndex(index),
-                active: parents(&stripe.active),
-                fallbacks: parents(&stripe.fallbacks),
-                policy: stripe.policy,
-                depth: stripe.depth,
-            })
-            .collect()
-    }
-
-    /// The paths that follow from it.
-    pub fn sources(&self) -> Sources {
-        let paths = |parents: &[PlacedParent]| parents.iter().map(|p| p.path.clone()).collect();
-        Sources {
-            unit_bytes: self.unit_bytes,
-            stripes: self
-                .stripes
-                .iter()
-                .map(|stripe| StripePaths {
-                    active: paths(&stripe.active),
-                    fallbacks: paths(&stripe.fallbacks),
-                    policy: stripe.policy,
-                })
-                .collect(),
-        }
-    }
-}
+/// How many moves to this host are remembered.
+pub const KEPT_TRANSFERS: usize = 256;
 
 /// An image that lies in this host's store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,39 +44,6 @@ pub struct ImageState {
     pub place: Option<Place>,
     /// In the store here.
     pub stored: Option<Stored>,
-}
-
-/// A VM's disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskState {
-    /// The image it was made of.
-    pub image: ImageId,
-    /// Base and size.
-    pub disk: WantedDisk,
-    /// It is being destroyed: its name is free once its delta is gone.
-    pub doomed: bool,
-    /// Random: who the VM is for as long as its disk lives.
-    pub instance: [u8; 16],
-    /// It is a block device of the host, too.
-    #[serde(default)]
-    pub device: bool,
-    /// The transfer that it came by, where it came from another VM: the same one is not taken twice.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub transfer: Option<u64>,
-}
-
-impl DiskState {
-    /// A disk that is served by the portal alone.
-    pub fn new(image: ImageId, disk: WantedDisk, instance: [u8; 16]) -> Self {
-        Self {
-            image,
-            disk,
-            doomed: false,
-            instance,
-            device: false,
-            transfer: None,
-        }
-    }
 }
 
 /// How a VM was last started or ended; the rest lies in its run directory.
@@ -221,6 +76,10 @@ pub struct Desired {
     pub doomed_stores: BTreeSet<Digest>,
     /// The coordinator's incarnation that knows all stored images; another one has to be told of them.
     pub announced_to: Option<u64>,
+    /// Transfers by which VMs moved here, the latest last, at most [`KEPT_TRANSFERS`]: a host that did not hear so asks again, perhaps
+    /// when the VM is gone already.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taken: Vec<u64>,
 }
 
 /// One change of what is desired: what the journal holds.
@@ -354,7 +213,13 @@ impl Desired {
                 self.doomed_stores.remove(&digest);
             }
             Change::Disk { vm, disk } => {
-                self.disks.insert(vm, disk);
+                let taken = disk.transfer.filter(|_| disk.moving.is_none() && !disk.doomed);
+                let before = self.disks.insert(vm, disk);
+                if before.is_some_and(|before| before.is_arriving()) {
+                    self.taken.extend(taken);
+                    let excess = self.taken.len().saturating_sub(KEPT_TRANSFERS);
+                    self.taken.drain(..excess);
+                }
             }
             Change::DiskGone { vm } => {
                 self.disks.remove(&vm);
@@ -465,6 +330,9 @@ impl Desired {
             Some(state) if state.doomed => {
                 wanted.doomed_disks.insert(vm.clone());
             }
+            Some(state) if !state.is_served() => {
+                wanted.resting_disks.insert(vm.clone());
+            }
             Some(state) => {
                 wanted.standing.insert(state.disk.digest);
                 wanted.devices.extend(state.device.then(|| vm.clone()));
@@ -482,6 +350,7 @@ impl Desired {
             .into_iter()
             .filter_map(|d| Some((d, self.wanted_base(d)?)));
         let (doomed, live): (Vec<_>, Vec<_>) = self.disks.iter().partition(|(_, disk)| disk.doomed);
+        let (live, resting): (Vec<_>, Vec<_>) = live.into_iter().partition(|(_, disk)| disk.is_served());
         let devices = live.iter().filter(|(_, state)| state.device);
         Wanted {
             devices: devices.map(|(vm, _)| (*vm).clone()).collect(),
@@ -492,6 +361,7 @@ impl Desired {
                 .map(|(vm, state)| (vm.clone(), state.disk))
                 .collect(),
             doomed_disks: doomed.into_iter().map(|(vm, _)| vm.clone()).collect(),
+            resting_disks: resting.into_iter().map(|(vm, _)| vm.clone()).collect(),
             kept_caches: self.kept_caches.iter().copied().collect(),
             doomed_stores: self.doomed_stores.clone(),
         }

@@ -238,6 +238,8 @@ pub fn diagnose(wanted: &Wanted, found: &Found) -> Vec<Finding> {
             FoundDelta::Damaged(why) => Finding::new(Condition::Damaged, "delta", name).because(why.clone()),
             _ if wanted.disks.contains_key(vm) => Finding::new(Condition::Used, "delta", name),
             _ if wanted.doomed_disks.contains(vm) => going("delta", name),
+            _ if wanted.resting_disks.contains(vm) => Finding::new(Condition::Kept, "delta", name)
+                .because("the VM is on its way between hosts; 'treeboot vm list' says how far"),
             _ => orphan("delta", name),
         });
     }

@@ -201,6 +201,15 @@ impl Keys {
         self.keep().await;
     }
 
+    /// The secret of a disk that comes from another host with its VM; one of its own where it had none.
+    pub async fn take_disk(&self, vm: &VmName, secret: Option<String>) {
+        let Some(secret) = secret.filter(|_| self.is_secure()) else {
+            return self.make_disk(vm).await;
+        };
+        self.held.lock().disks.insert(vm.clone(), secret);
+        self.keep().await;
+    }
+
     /// Forgets a VM's disk: the next VM of the name gets another secret.
     pub async fn disk_gone(&self, vm: &VmName) {
         let there = self.held.lock().disks.remove(vm).is_some();

@@ -5,94 +5,11 @@
 
 mod common;
 
-use std::collections::BTreeSet;
-use std::path::Path;
-use std::sync::Arc;
-
+use common::rig::*;
 use common::*;
 use tokio_util::sync::CancellationToken;
-use treeboot_agent::host::{CloneRequest, Host, HostError, Settings, chain};
-use treeboot_agent::journal::Journal;
-use treeboot_agent::keys::Keys;
-use treeboot_agent::plane::Plane as _;
-use treeboot_agent::plane::faulty::{FaultMode, FaultyPlane};
-use treeboot_agent::plane::user::{UserPlane, UserSettings};
-use treeboot_types::{HostName, Iqn, Labels, SnapshotName};
-
-const BLOCKS: usize = 64;
-const BLOCK: usize = 4096;
-
-/// One agent, which holds the image itself.
-struct Rig {
-    host: Host,
-    plane: Arc<FaultyPlane>,
-}
-
-async fn rig(dir: &Path, coordinator: std::net::SocketAddr) -> Rig {
-    let name = HostName::new("h1").unwrap();
-    let keys = Arc::new(Keys::none());
-    let user = UserPlane::open(UserSettings {
-        host: name.clone(),
-        state: dir.to_owned(),
-        deltas: dir.join("deltas"),
-        cache: dir.join("cache"),
-        store: Some(dir.join("store")),
-        portals: vec![([127, 0, 0, 1], 0).into()],
-        advertise: None,
-        keys: Arc::clone(&keys),
-    })
-    .unwrap();
-    let plane = Arc::new(FaultyPlane::new(Arc::new(user), usize::MAX, FaultMode::Error));
-    let settings = Settings {
-        name,
-        instance: "test".into(),
-        state_dir: dir.to_owned(),
-        deltas_dir: dir.join("deltas"),
-        store_dir: Some(dir.join("store")),
-        keys,
-        dialer: treeboot_identity::tls::Dialer::Insecure,
-        coordinator: format!("http://{coordinator}"),
-        agent_address: "127.0.0.1:1".into(),
-        labels: Labels::new(),
-        weight: 1,
-    };
-    let journal = Journal::open(dir).unwrap().0;
-    let (host, _refused) = Host::start(settings, Arc::clone(&plane) as _, journal)
-        .await
-        .unwrap();
-    Rig { host, plane }
-}
-
-impl Rig {
-    async fn write(&self, name: &str, blocks: &[usize], fill: u8) {
-        let session = self.front_end(name).await;
-        for block in blocks {
-            let data = vec![fill; BLOCK].into();
-            session.write(0, (block * BLOCK) as u64, data).await.unwrap();
-        }
-        session.flush(0).await.unwrap();
-    }
-
-    async fn front_end(&self, name: &str) -> treeboot_iscsi::initiator::Session {
-        let vm = vm(name);
-        session(&self.plane.portal(), Iqn::of_disk(&vm), Iqn::of_vm(&vm))
-            .await
-            .unwrap()
-    }
-
-    async fn read(&self, name: &str) -> Vec<u8> {
-        read_all(&self.front_end(name).await, BLOCKS * BLOCK).await
-    }
-
-    /// No front end is logged in, as the target sees it.
-    async fn alone(&self, name: &str) {
-        let vm = vm(name);
-        until("the front ends are gone", || {
-            self.plane.disk_stats(&vm).unwrap_or_default().sessions == 0
-        })
-        .await;
-    }
-}
+use treeboot_agent::host::{CloneRequest, HostError, chain};
+use treeboot_agent::plane::faulty::FaultMode;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verb {
@@ -101,10 +18,6 @@ enum Verb {
     Delete,
     Clone,
     Destroy,
-}
-
-fn snapshot(name: &str) -> SnapshotName {
-    name.parse().unwrap()
 }
 
 impl Verb {
@@ -139,21 +52,6 @@ impl Verb {
     }
 }
 
-fn files(dir: &Path) -> BTreeSet<String> {
-    std::fs::read_dir(dir.join("deltas"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
-        .collect()
-}
-
-fn with(content: &[u8], blocks: &[usize], fill: u8) -> Vec<u8> {
-    let mut content = content.to_vec();
-    for block in blocks {
-        content[block * BLOCK..(block + 1) * BLOCK].fill(fill);
-    }
-    content
-}
-
 /// One verb that goes wrong at step `at`. Whether that step was reached.
 async fn try_at(verb: Verb, mode: FaultMode, at: usize) -> bool {
     let what = format!("{verb:?}, {mode:?} at {at}");
@@ -161,7 +59,7 @@ async fn try_at(verb: Verb, mode: FaultMode, at: usize) -> bool {
     let play = Play::default();
     let stop = CancellationToken::new();
     let coordinator = play.start(None, stop.clone()).await;
-    let mut now = rig(dir.path(), coordinator).await;
+    let mut now = Rig::start(dir.path(), "h1", coordinator).await;
     let base = content(BLOCKS);
     let image = import(&now.host, "debian", &base).await;
     let image = format!("{}@{}", image.name, image.version).parse().unwrap();
@@ -191,9 +89,8 @@ async fn try_at(verb: Verb, mode: FaultMode, at: usize) -> bool {
         now.plane.arm(usize::MAX, mode);
     } else {
         // It is dead from that step on; its successor finds what it left.
-        now.host.end().await;
-        drop(now);
-        now = rig(dir.path(), coordinator).await;
+        now.end().await;
+        now = Rig::start(dir.path(), "h1", coordinator).await;
     }
     if let Err(error) = &first {
         match verb.call(&now).await {
@@ -240,7 +137,7 @@ async fn try_at(verb: Verb, mode: FaultMode, at: usize) -> bool {
         }
     });
     assert!(waited.await.is_ok(), "{what}: left are {:?}", files(dir.path()));
-    now.host.end().await;
+    now.end().await;
     stop.cancel();
     struck
 }

@@ -247,6 +247,7 @@ async fn each_kind_is_found_explained_kept_for_the_grace_period_and_then_removed
     let arrival = Arrival {
         vm: vm("half"),
         transfer: 5,
+        layer: None,
         meta: META,
         data_bytes: 4096,
     };

@@ -61,6 +61,8 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/ExportDisk", Need::Person(Role::Operator)),
     ("Agent/Migrate", Need::Person(Role::Operator)),
     ("Agent/ReceiveDisk", Need::Host),
+    ("Agent/TakeVm", Need::Host),
+    ("Agent/SettleVm", Need::Host),
     ("Agent/Attach", Need::Person(Role::Operator)),
     ("Agent/Detach", Need::Person(Role::Operator)),
     ("Agent/Doctor", Need::Person(Role::Operator)),

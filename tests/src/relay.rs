@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -21,6 +22,10 @@ struct Shared {
     back: AtomicU64,
     /// Up to how many bytes to the far side pass; the next ones wait.
     gate: watch::Sender<u64>,
+    /// What is sent back is held, whatever it is.
+    mute: watch::Sender<bool>,
+    /// Once this is seen on its way to the far side, what is sent back is held; and whether it is held itself, too.
+    mute_at: Mutex<Option<(Vec<u8>, bool)>>,
     /// Counts breaks: a connection ends when it changes.
     breaks: watch::Sender<u64>,
 }
@@ -54,6 +59,8 @@ impl Relay {
             there: AtomicU64::new(0),
             back: AtomicU64::new(0),
             gate: watch::Sender::new(u64::MAX),
+            mute: watch::Sender::new(false),
+            mute_at: Mutex::default(),
             breaks: watch::Sender::new(0),
         });
         let of_task = Arc::clone(&shared);
@@ -91,9 +98,44 @@ impl Relay {
         self.hold_at(u64::MAX);
     }
 
+    /// Holds every answer from when these bytes, which come in one part of a plain connection, go to the far side.
+    pub fn mute_at(&self, bytes: &[u8]) {
+        *self.shared.mute_at.lock() = Some((bytes.to_vec(), false));
+    }
+
+    /// As [`mute_at`](Self::mute_at), and what holds these bytes never comes to the far side.
+    pub fn swallow_at(&self, bytes: &[u8]) {
+        *self.shared.mute_at.lock() = Some((bytes.to_vec(), true));
+    }
+
+    /// Whether answers are held.
+    #[must_use]
+    pub fn is_mute(&self) -> bool {
+        *self.shared.mute.borrow()
+    }
+
+    /// Lets answers pass again.
+    pub fn unmute(&self) {
+        *self.shared.mute_at.lock() = None;
+        self.shared.mute.send_replace(false);
+    }
+
     /// Breaks every connection that stands; new ones are taken.
     pub fn break_off(&self) {
         self.shared.breaks.send_modify(|breaks| *breaks += 1);
+    }
+}
+
+impl Shared {
+    fn swallows(&self, bytes: &[u8]) -> bool {
+        let mute_at = self.mute_at.lock();
+        match mute_at.as_ref() {
+            Some((at, swallow)) if bytes.windows(at.len()).any(|part| part == at.as_slice()) => {
+                self.mute.send_replace(true);
+                *swallow
+            }
+            _ => false,
+        }
     }
 }
 
@@ -106,12 +148,16 @@ async fn pass(near: TcpStream, shared: Arc<Shared>) {
     let _ = far.set_nodelay(true);
     let ((mut near_in, mut near_out), (mut far_in, mut far_out)) = (near.into_split(), far.into_split());
     let mut gate = shared.gate.subscribe();
+    let mut mute = shared.mute.subscribe();
     let there = async {
         let mut buffer = vec![0; BUFFER_BYTES];
         while let Ok(bytes @ 1..) = near_in.read(&mut buffer).await {
             let sent = shared.there.fetch_add(bytes as u64, Ordering::Relaxed);
             if gate.wait_for(|gate| sent < *gate).await.is_err() {
                 return;
+            }
+            if shared.swallows(&buffer[..bytes]) {
+                return std::future::pending().await;
             }
             if far_out.write_all(&buffer[..bytes]).await.is_err() {
                 return;
@@ -122,6 +168,9 @@ async fn pass(near: TcpStream, shared: Arc<Shared>) {
         let mut buffer = vec![0; BUFFER_BYTES];
         while let Ok(bytes @ 1..) = far_in.read(&mut buffer).await {
             shared.back.fetch_add(bytes as u64, Ordering::Relaxed);
+            if mute.wait_for(|mute| !*mute).await.is_err() {
+                return;
+            }
             if near_out.write_all(&buffer[..bytes]).await.is_err() {
                 return;
             }

@@ -436,6 +436,50 @@ impl LayeredDisk {
         Ok(held)
     }
 
+    /// As [`hold`](Self::hold), and keeps all layers below as they are, too.
+    ///
+    /// # Errors
+    /// There are too many layers, or a file.
+    pub async fn hold_all(&self, transfer: u64) -> Result<(), LayerError> {
+        let _one = self.changing.lock().await;
+        let mut tree = self.tree();
+        if tree.held_by(transfer).is_some() {
+            return Ok(());
+        }
+        tree.hold_all(transfer)?;
+        self.begin_live(tree).await
+    }
+
+    /// Ends all writing for good, and makes what was written durable; reads go on. What is not served any more may still have writes
+    /// under way that nobody waits for.
+    ///
+    /// # Errors
+    /// A write does not end, or a file; nothing changed for writes then.
+    pub async fn fence(&self) -> Result<(), LayerError> {
+        self.close().await;
+        let alone = tokio::time::timeout(GATE_LIMIT, Arc::clone(&self.gate).write_owned())
+            .await
+            .map_err(|_| LayerError::Busy)?;
+        let shared = Arc::clone(&self.shared);
+        blocking(move || {
+            let now = shared.now();
+            let live = now.tree.live();
+            let core = now.core(live).ok_or(LayerError::Stopping)?;
+            core.set_frozen(true);
+            let flushed = core.flush_now().map_err(shared.io(live));
+            core.set_frozen(flushed.is_ok());
+            drop(alone);
+            flushed
+        })
+        .await
+    }
+
+    /// What one layer has, to be shipped; where it has nothing the reader says that it is the base's. Nothing may be written to it meanwhile.
+    pub fn alone(&self, layer: LayerId) -> Option<Frozen> {
+        let layer = self.shared.now().open.get(&layer).cloned()?;
+        Some(Frozen::new(Arc::clone(&self.shared.base), vec![layer]))
+    }
+
     /// As [`hold`](Self::hold), for a snapshot.
     ///
     /// # Errors

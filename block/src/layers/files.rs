@@ -32,6 +32,14 @@ pub struct DiskFiles {
     boot: BootId,
 }
 
+/// The name of the file of a VM's layer.
+pub(super) fn layer_name(vm: &VmName, id: LayerId) -> String {
+    match id {
+        0 => format!("{vm}{DELTA_SUFFIX}"),
+        id => format!("{vm}+{id}{LAYER_SUFFIX}"),
+    }
+}
+
 /// The VM whose disk a file of the directory belongs to, where the file alone shows that there is a disk.
 pub fn owner_of(file: &str) -> Option<VmName> {
     let name = file
@@ -129,10 +137,7 @@ impl DiskFiles {
 
     /// The name of a layer's file.
     pub fn layer(&self, id: LayerId) -> String {
-        match id {
-            0 => format!("{}{DELTA_SUFFIX}", self.vm),
-            id => format!("{}+{id}{LAYER_SUFFIX}", self.vm),
-        }
+        layer_name(&self.vm, id)
     }
 
     /// A layer's file, for errors.

@@ -1,15 +1,19 @@
-//! A disk that comes from elsewhere: its one layer is written in order, and counts once all of it is there.
+//! A disk that comes from elsewhere: each of its layers is written in order, and counts once all of it is there.
 //!
 //! `VM.TRANSFER.BOOT.incoming` is a disk that is not all there. A killed process leaves it as far as it was written, so the same
 //! transfer goes on from its end; after another boot of the machine nobody knows which part of it was written, and it is begun anew.
-//! `VM.received` is one that is all there and durable, and that no VM has yet.
+//! `VM.received` is one that is all there and durable, and that no VM has yet. A disk of one layer is a delta then. One that keeps its
+//! layers (a VM that moves) comes as `VM+N.TRANSFER.BOOT.incoming`, and is received by its manifest, `VM+layers.received`, the renaming of
+//! which makes it a disk.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use treeboot_types::VmName;
 
-use super::files::DELTA_SUFFIX;
+use super::files::{DELTA_SUFFIX, MANIFEST_SUFFIX, layer_name};
 use super::folder::{Directory, Folder};
+use super::tree::{LayerId, LayerTree};
 use crate::delta::{BLOCK, BootId, Delta, DeltaError, DeltaMeta, State};
 use crate::storage::OpenMode;
 
@@ -25,6 +29,8 @@ pub struct Arrival {
     pub vm: VmName,
     /// The transfer, a random number.
     pub transfer: u64,
+    /// Which of the disk's layers, where it keeps them; not 0.
+    pub layer: Option<LayerId>,
     /// Its base.
     pub meta: DeltaMeta,
     /// Bytes of data that are to come.
@@ -43,20 +49,36 @@ fn boot_digits(boot: BootId) -> String {
     boot.0.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn incoming_name(vm: &VmName, transfer: u64, boot: BootId) -> String {
-    format!("{vm}.{transfer:016x}.{}{INCOMING_SUFFIX}", boot_digits(boot))
+fn incoming_name(vm: &VmName, layer: Option<LayerId>, transfer: u64, boot: BootId) -> String {
+    let layer = layer.map_or_else(String::new, |layer| format!("+{layer}"));
+    format!(
+        "{vm}{layer}.{transfer:016x}.{}{INCOMING_SUFFIX}",
+        boot_digits(boot)
+    )
 }
 
-/// The VM, the transfer and the boot of a name.
-fn parse(file: &str) -> Option<(VmName, u64, &str)> {
+/// The VM, whether it is a layer of several, the transfer and the boot of a name.
+fn parse(file: &str) -> Option<(VmName, bool, u64, &str)> {
     let mut parts = file.strip_suffix(INCOMING_SUFFIX)?.rsplitn(3, '.');
     let (boot, transfer, vm) = (parts.next()?, parts.next()?, parts.next()?);
     let transfer = u64::from_str_radix(transfer, 16).ok()?;
-    Some((VmName::new(vm).ok()?, transfer, boot))
+    let (vm, layered) = vm.split_once('+').map_or((vm, false), |(vm, _)| (vm, true));
+    Some((VmName::new(vm).ok()?, layered, transfer, boot))
 }
 
 fn received_name(vm: &VmName) -> String {
     format!("{vm}{RECEIVED_SUFFIX}")
+}
+
+/// The manifest of a disk that was received with its layers.
+fn received_layers_name(vm: &VmName) -> String {
+    format!("{vm}+layers{RECEIVED_SUFFIX}")
+}
+
+/// For whom a disk is that was received.
+fn received_for(file: &str) -> Option<VmName> {
+    let name = file.strip_suffix(RECEIVED_SUFFIX)?;
+    VmName::new(name.split_once('+').map_or(name, |(vm, _)| vm)).ok()
 }
 
 fn io(folder: &Directory, file: &str) -> impl FnOnce(std::io::Error) -> DeltaError {
@@ -72,9 +94,10 @@ impl Incoming {
     /// There is no room for it, or the operating system's.
     pub fn begin(directory: &Path, arrival: &Arrival, boot: BootId) -> Result<Self, DeltaError> {
         let folder = Directory::new(directory);
-        let file = incoming_name(&arrival.vm, arrival.transfer, boot);
+        let file = incoming_name(&arrival.vm, arrival.layer, arrival.transfer, boot);
+        let ours = |transfer, of: &str| transfer == arrival.transfer && of == boot_digits(boot);
         for other in folder.names().map_err(io(&folder, ""))? {
-            if other != file && parse(&other).is_some_and(|(vm, _, _)| vm == arrival.vm) {
+            if parse(&other).is_some_and(|(vm, _, transfer, of)| vm == arrival.vm && !ours(transfer, of)) {
                 folder.remove(&other).map_err(io(&folder, &other))?;
             }
         }
@@ -149,13 +172,21 @@ impl Incoming {
             .map_err(io(&self.folder, &self.file))
     }
 
+    /// All of this layer is there: makes it durable, for [`finish_layers`]. Blocks.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn settle(&self) -> Result<(), DeltaError> {
+        let flushed = self.delta.core().flush_now();
+        flushed.map_err(io(&self.folder, &self.file))
+    }
+
     /// All of it is there: makes it durable, for [`adopt`]. Blocks.
     ///
     /// # Errors
     /// The operating system's.
     pub fn finish(&self) -> Result<(), DeltaError> {
-        let flushed = self.delta.core().flush_now();
-        flushed.map_err(io(&self.folder, &self.file))?;
+        self.settle()?;
         rename(&self.folder, &self.file, &received_name(&self.vm))
     }
 
@@ -177,17 +208,71 @@ fn rename(folder: &Directory, from: &str, to: &str) -> Result<(), DeltaError> {
     renamed.map_err(io(folder, to))
 }
 
+/// All layers of a disk came: makes them the disk that was received, for [`adopt`]. What is done already stays so. Blocks.
+///
+/// # Errors
+/// A layer is not there, has not all blocks, or the operating system's.
+pub fn finish_layers(
+    directory: &Path,
+    arrival: &Arrival,
+    tree: &LayerTree,
+    blocks: &BTreeMap<LayerId, (u64, u64)>,
+    boot: BootId,
+) -> Result<(), DeltaError> {
+    let folder = Directory::new(directory);
+    let Arrival { vm, transfer, .. } = arrival;
+    let manifest = received_layers_name(vm);
+    let mut renames = Vec::new();
+    for &id in tree.layers().keys() {
+        let (from, to) = (incoming_name(vm, Some(id), *transfer, boot), layer_name(vm, id));
+        let wrong = |what: String| DeltaError::Damaged {
+            path: folder.path(&from),
+            what,
+        };
+        if !folder.path(&from).try_exists().map_err(io(&folder, &from))? {
+            // It was renamed by an earlier attempt, which wrote the manifest before.
+            let begun = folder.read(&manifest).map_err(io(&folder, &manifest))? == Some(tree.encode());
+            match begun && folder.path(&to).try_exists().map_err(io(&folder, &to))? {
+                true => continue,
+                false => return Err(wrong(format!("layer {id} of it did not come"))),
+            }
+        }
+        let layer = Arrival {
+            layer: Some(id),
+            data_bytes: 0,
+            ..arrival.clone()
+        };
+        let came = Incoming::begin(directory, &layer, boot)?.blocks();
+        let sent = blocks.get(&id).copied().unwrap_or_default();
+        if came != sent {
+            let what = format!("layer {id} of it has {came:?} blocks of data and zeroes, not {sent:?}");
+            return Err(wrong(what));
+        }
+        renames.push((from, to));
+    }
+    // From here on it is found by its manifest, whatever is renamed already.
+    let saved = folder.replace(&manifest, &tree.encode());
+    saved.map_err(io(&folder, &manifest))?;
+    renames
+        .iter()
+        .try_for_each(|(from, to)| rename(&folder, from, to))
+}
+
 /// Gives a VM the disk that was received for it. Whether there was one. Blocks.
 ///
 /// # Errors
 /// The operating system's.
 pub fn adopt(directory: &Path, vm: &VmName) -> Result<bool, DeltaError> {
     let folder = Directory::new(directory);
-    let from = received_name(vm);
-    match folder.path(&from).try_exists().map_err(io(&folder, &from))? {
-        true => rename(&folder, &from, &format!("{vm}{DELTA_SUFFIX}")).map(|()| true),
-        false => Ok(false),
+    for (from, suffix) in [
+        (received_name(vm), DELTA_SUFFIX),
+        (received_layers_name(vm), MANIFEST_SUFFIX),
+    ] {
+        if folder.path(&from).try_exists().map_err(io(&folder, &from))? {
+            return rename(&folder, &from, &format!("{vm}{suffix}")).map(|()| true);
+        }
     }
+    Ok(false)
 }
 
 /// A disk that was received and that no VM is to have goes. Blocks.
@@ -196,30 +281,37 @@ pub fn adopt(directory: &Path, vm: &VmName) -> Result<bool, DeltaError> {
 /// The operating system's.
 pub fn discard_received(directory: &Path, vm: &VmName) -> Result<(), DeltaError> {
     let folder = Directory::new(directory);
-    let file = received_name(vm);
-    folder.remove(&file).map_err(io(&folder, &file))
+    let manifest = received_layers_name(vm);
+    let layers = folder.read(&manifest).map_err(io(&folder, &manifest))?;
+    // A manifest is there whole or not at all.
+    let tree = layers.and_then(|text| LayerTree::decode(&text).ok());
+    let layers = tree.iter().flat_map(|tree| tree.layers().keys());
+    let files = layers.map(|id| layer_name(vm, *id));
+    for file in files.chain([manifest, received_name(vm)]) {
+        folder.remove(&file).map_err(io(&folder, &file))?;
+    }
+    Ok(())
 }
 
-/// A transfer that was broken off and is not gone on with goes. Blocks.
+/// A transfer that was broken off and is not gone on with goes, with all layers of it that came. Blocks.
 ///
 /// # Errors
 /// The operating system's.
-pub fn discard_incoming(
-    directory: &Path,
-    vm: &VmName,
-    transfer: u64,
-    boot: BootId,
-) -> Result<(), DeltaError> {
+pub fn discard_incoming(directory: &Path, vm: &VmName, transfer: u64) -> Result<(), DeltaError> {
     let folder = Directory::new(directory);
-    let file = incoming_name(vm, transfer, boot);
-    folder.remove(&file).map_err(io(&folder, &file))
+    for file in folder.names().map_err(io(&folder, ""))? {
+        if parse(&file).is_some_and(|(of, _, number, _)| of == *vm && number == transfer) {
+            folder.remove(&file).map_err(io(&folder, &file))?;
+        }
+    }
+    Ok(())
 }
 
 /// What a start finds of disks that came.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Arrivals {
     /// Transfers that may be gone on with, and their VMs.
-    pub resumable: Vec<(VmName, u64)>,
+    pub resumable: BTreeSet<(VmName, u64)>,
     /// Files that were removed.
     pub swept: Vec<PathBuf>,
 }
@@ -231,11 +323,12 @@ pub struct Arrivals {
 pub fn arrivals(directory: &Path) -> Result<Vec<(VmName, Option<u64>)>, DeltaError> {
     let folder = Directory::new(directory);
     let names = folder.names().map_err(io(&folder, ""))?;
-    let arrival = |file: &String| match file.strip_suffix(RECEIVED_SUFFIX) {
-        Some(vm) => Some((VmName::new(vm).ok()?, None)),
-        None => parse(file).map(|(vm, transfer, _)| (vm, Some(transfer))),
+    let arrival = |file: &String| match received_for(file) {
+        Some(vm) => Some((vm, None)),
+        None => parse(file).map(|(vm, _, transfer, _)| (vm, Some(transfer))),
     };
-    Ok(names.iter().filter_map(arrival).collect())
+    let arrivals: BTreeSet<_> = names.iter().filter_map(arrival).collect();
+    Ok(arrivals.into_iter().collect())
 }
 
 /// Looks at disks that came: removes those that were received for a VM that is not `owned`, and those that came in
@@ -251,21 +344,19 @@ pub fn sweep_arrivals(
     let folder = Directory::new(directory);
     let mut found = Arrivals::default();
     for file in folder.names().map_err(io(&folder, ""))? {
-        let spare = if let Some((vm, transfer, of)) = parse(&file) {
-            let same_boot = of == boot_digits(boot);
-            if same_boot {
-                found.resumable.push((vm, transfer));
+        if let Some((vm, _, transfer, of)) = parse(&file) {
+            if of == boot_digits(boot) {
+                found.resumable.insert((vm, transfer));
+                continue;
             }
-            !same_boot
-        } else if let Some(vm) = file.strip_suffix(RECEIVED_SUFFIX) {
-            VmName::new(vm).is_ok_and(|vm| !owned(&vm))
-        } else {
-            false
-        };
-        if spare {
             folder.remove(&file).map_err(io(&folder, &file))?;
-            found.swept.push(folder.path(&file));
+        } else {
+            match received_for(&file) {
+                Some(vm) if !owned(&vm) => discard_received(directory, &vm)?,
+                _ => continue,
+            }
         }
+        found.swept.push(folder.path(&file));
     }
     Ok(found)
 }
@@ -285,6 +376,7 @@ mod tests {
         Arrival {
             vm: VmName::new(vm).unwrap(),
             transfer,
+            layer: None,
             meta: META,
             data_bytes: 1 << 20,
         }
@@ -355,9 +447,60 @@ mod tests {
         std::fs::write(path.join("d.delta"), []).unwrap();
         let found = sweep_arrivals(path, BOOT, |_| false).unwrap();
         let a = VmName::new("a").unwrap();
-        assert_eq!((found.resumable, found.swept.len()), (vec![(a.clone(), 1)], 2));
-        discard_incoming(path, &a, 1, BOOT).unwrap();
+        assert_eq!((found.resumable, found.swept.len()), ([(a.clone(), 1)].into(), 2));
+        discard_incoming(path, &a, 1).unwrap();
         assert_eq!(names(path), ["d.delta"]);
+    }
+
+    #[test]
+    fn a_disk_with_its_layers_is_one_by_its_manifest_and_goes_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        let mut tree = LayerTree::default();
+        tree.hold_all(9).unwrap();
+        let tree = tree.shipped();
+        assert_eq!((tree.live(), tree.held()), (2, false));
+        tree.audit().unwrap();
+        let layer = |id| Arrival {
+            layer: Some(id),
+            ..arrival("a", 1)
+        };
+        let blocks = BTreeMap::from([(1, (1, 0)), (2, (0, 2))]);
+        let finish = || finish_layers(path, &arrival("a", 1), &tree, &blocks, BOOT);
+        let first = Incoming::begin(path, &layer(1), BOOT).unwrap();
+        first.write(8192, 4096, Some(&[5; 4096])).unwrap();
+        first.settle().unwrap();
+        finish().unwrap_err();
+        let second = Incoming::begin(path, &layer(2), BOOT).unwrap();
+        drop(first);
+        finish().unwrap_err();
+        second.write(0, 8192, None).unwrap();
+        second.settle().unwrap();
+        drop(second);
+        for owned in [true, false] {
+            finish().unwrap();
+            finish().unwrap();
+            assert_eq!(names(path), ["a+1.layer", "a+2.layer", "a+layers.received"]);
+            sweep_arrivals(path, BOOT, |_| owned).unwrap();
+            assert_eq!(names(path).len(), if owned { 3 } else { 0 });
+            if owned {
+                assert!(adopt(path, &VmName::new("a").unwrap()).unwrap());
+                assert_eq!(names(path), ["a+1.layer", "a+2.layer", "a.layers"]);
+                let a = VmName::new("a").unwrap();
+                let reports = super::super::check(path, &a, BOOT).unwrap();
+                assert!(
+                    reports.iter().all(|report| report.check.damage.is_empty()),
+                    "{reports:?}"
+                );
+                super::super::delete(&Directory::new(path), &a).unwrap();
+                for (id, blocks) in &blocks {
+                    let again = Incoming::begin(path, &layer(*id), BOOT).unwrap();
+                    let data = [5; 4096];
+                    let data = (blocks.0 > 0).then_some(&data[..]);
+                    again.write(0, (blocks.0 + blocks.1) * BLOCK, data).unwrap();
+                }
+            }
+        }
     }
 
     #[test]

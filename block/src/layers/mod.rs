@@ -19,9 +19,10 @@ pub use files::{DELTA_SUFFIX, DiskFiles, MANIFEST_SUFFIX, check, delete, is_in_u
 pub use folder::{Directory, Folder};
 pub use frozen::{Content, Frozen};
 pub use incoming::{
-    Arrival, Arrivals, Incoming, adopt, arrivals, discard_incoming, discard_received, sweep_arrivals,
+    Arrival, Arrivals, Incoming, adopt, arrivals, discard_incoming, discard_received, finish_layers,
+    sweep_arrivals,
 };
-pub use tree::{Layer, LayerId, LayerTree, MAX_LAYERS, Snapshot, Tidy, TreeError};
+pub use tree::{Layer, LayerId, LayerTree, MAX_LAYERS, SHIFT, Snapshot, Tidy, TreeError};
 
 #[cfg(test)]
 mod crash_tests;

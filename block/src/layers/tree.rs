@@ -14,6 +14,9 @@ use crate::verity::sha256;
 /// Layers of one disk at most: every one is an open file, and a block's layer is a byte of the map.
 pub const MAX_LAYERS: usize = 128;
 
+/// By how much the number of a layer grows when it is shipped.
+pub const SHIFT: LayerId = 1;
+
 /// The format of the manifest that this code reads and writes.
 const VERSION: u32 = 1;
 
@@ -207,6 +210,37 @@ impl LayerTree {
         self.freeze(None, Some(transfer))
     }
 
+    /// Freezes the live layer for a transfer, which keeps it and every layer that there was before: as they are, so that each can be
+    /// read by itself.
+    ///
+    /// # Errors
+    /// There are too many layers.
+    pub fn hold_all(&mut self, transfer: u64) -> Result<(), TreeError> {
+        self.hold_live(transfer)?;
+        let live = self.live;
+        let frozen: Vec<_> = self.layers.keys().copied().filter(|id| *id != live).collect();
+        for id in frozen {
+            self.hold(id, transfer);
+        }
+        Ok(())
+    }
+
+    /// The same layers for another host, where nobody holds them. Their numbers there are by [`SHIFT`] higher, so that none is 0: what
+    /// has come is a disk by its manifest alone.
+    pub fn shipped(&self) -> Self {
+        let layer = |layer: &Layer| Layer {
+            parent: layer.parent.map(|parent| parent + SHIFT),
+            snapshot: layer.snapshot.clone(),
+            holds: Vec::new(),
+        };
+        Self {
+            version: VERSION,
+            next: self.next + SHIFT,
+            live: self.live + SHIFT,
+            layers: self.layers.iter().map(|(id, l)| (id + SHIFT, layer(l))).collect(),
+        }
+    }
+
     /// Keeps a frozen layer for a transfer.
     pub fn hold(&mut self, id: LayerId, transfer: u64) {
         if let Some(layer) = self.layers.get_mut(&id)
@@ -219,6 +253,12 @@ impl LayerTree {
     /// Whether a transfer holds layers.
     pub fn held(&self) -> bool {
         self.layers.values().any(|layer| !layer.holds.is_empty())
+    }
+
+    /// Whether another transfer than this one holds layers.
+    pub fn held_by_another(&self, transfer: u64) -> bool {
+        let mut holds = self.layers.values().flat_map(|layer| &layer.holds);
+        holds.any(|hold| *hold != transfer)
     }
 
     /// The layer that a transfer holds.
@@ -307,16 +347,18 @@ impl LayerTree {
     }
 
     /// As text, with its checksum.
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let mut text = serde_json::to_vec(self).unwrap_or_default();
         let sum = sha256(&text);
         text.extend_from_slice(format!("\n{sum}\n").as_bytes());
         text
     }
 
+    /// What [`encode`](Self::encode) made.
+    ///
     /// # Errors
     /// What is wrong with it.
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let text = std::str::from_utf8(bytes).map_err(|_| "it is not text")?;
         let mut lines = text.split('\n');
         let (body, sum) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());

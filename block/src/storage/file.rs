@@ -39,6 +39,13 @@ pub struct FileStorage {
     pub(super) nowait: AtomicBool,
 }
 
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        // Not by closing it: a process that is just being started may have it until its program runs, and with it the lock.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::NonBlockingUnlock);
+    }
+}
+
 impl FileStorage {
     /// Opens `path`.
     ///

@@ -19,8 +19,10 @@ pub(crate) struct VmJson {
     pub(crate) name: String,
     pub(crate) host: String,
     pub(crate) image: String,
-    /// created, starting, ready, paused, stopped or failed.
+    /// created, starting, ready, paused, moving, stopped or failed.
     pub(crate) state: &'static str,
+    /// The host it is on its way to; `null` where it is on none.
+    pub(crate) moves_to: Option<String>,
     pub(crate) error: Option<String>,
     pub(crate) ready_us: Option<u64>,
     pub(crate) pid: Option<u64>,
@@ -57,7 +59,18 @@ impl VmJson {
     /// A row of what an agent says of a VM and of its disk; one of them may be missing.
     pub(crate) fn of(host: &str, vm: Option<v1::Vm>, disk: Option<v1::Disk>) -> Self {
         let text = |text: String| (!text.is_empty()).then_some(text);
-        let state = vm.as_ref().map_or("created", state);
+        let moving = disk.as_ref().and_then(|disk| disk.moving.as_ref());
+        let state = match moving {
+            Some(_) => "moving",
+            None => vm.as_ref().map_or("created", state),
+        };
+        let (moves_to, waits) = match moving {
+            Some(moving) => (
+                Some(moving.to.clone()),
+                moving.asked.then(|| undecided(&moving.to)),
+            ),
+            None => (None, None),
+        };
         // Bytes are QEMU's own where it runs, and else what the disk's target counted.
         let has_vm = vm.is_some();
         let (vm, disk) = (vm.unwrap_or_default(), disk.unwrap_or_default());
@@ -72,7 +85,8 @@ impl VmJson {
             host: host.to_owned(),
             image,
             state,
-            error: text(vm.error),
+            moves_to,
+            error: waits.or(text(vm.error)),
             ready_us: (vm.ready_us > 0).then_some(vm.ready_us),
             pid: (vm.pid > 0).then_some(vm.pid),
             acceleration: text(vm.acceleration),
@@ -97,6 +111,10 @@ impl VmJson {
             pauses: vm.pauses,
         }
     }
+}
+
+fn undecided(to: &str) -> String {
+    format!("host '{to}' has not said yet whether it took it; until it does the VM runs nowhere")
 }
 
 fn state(vm: &v1::Vm) -> &'static str {
@@ -234,10 +252,19 @@ mod tests {
             paused: true,
             ..vm.clone()
         };
+        let moving = v1::Disk {
+            vm: "d".into(),
+            moving: Some(v1::DiskMove {
+                to: "h2".into(),
+                asked: true,
+            }),
+            ..disk.clone()
+        };
         let rows = [
             VmJson::of("h", None, Some(disk)),
             VmJson::of("h", Some(vm), None),
             VmJson::of("h", Some(paused), None),
+            VmJson::of("h", None, Some(moving)),
         ];
         assert_eq!((rows[0].state, rows[0].read_bytes), ("created", 5));
         assert_eq!(
@@ -245,7 +272,9 @@ mod tests {
             "VM  HOST  IMAGE     STATE    READY AFTER  READ  WRITTEN  DELTA\n\
              a   h     debian@1  created                5 B      0 B    0 B\n\
              b   h     debian@1  failed                 0 B      0 B    0 B  QEMU ended\n\
-             c   h     debian@1  paused                 0 B      0 B    0 B\n"
+             c   h     debian@1  paused                 0 B      0 B    0 B\n\
+             d   h     debian@1  moving                 5 B      0 B    0 B  host 'h2' has not said yet whether it took it; until it does \
+             the VM runs nowhere\n"
         );
     }
 }

@@ -367,6 +367,7 @@ impl FakeAgent {
 impl Agent for FakeAgent {
     type AccessMapStream = Answers<v1::AccessMapPart>;
     type CloneStream = Answers<v1::CloneProgress>;
+    type MigrateStream = Answers<v1::MigrateProgress>;
     type ReceiveDiskStream = Answers<v1::DiskAnswer>;
     type ExportDiskStream = Answers<v1::DiskPart>;
     type FlattenImageStream = Answers<v1::FlattenProgress>;
@@ -640,7 +641,13 @@ impl Agent for FakeAgent {
     async fn flatten_image(&self, _: Request<v1::FlattenImageRequest>) -> Answer<Self::FlattenImageStream> {
         unused()
     }
-    async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Answer<v1::MigrateResponse> {
+    async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Answer<Self::MigrateStream> {
+        unused()
+    }
+    async fn take_vm(&self, _: Request<v1::TakeVmRequest>) -> Answer<v1::TakeVmResponse> {
+        unused()
+    }
+    async fn settle_vm(&self, _: Request<v1::SettleVmRequest>) -> Answer<v1::SettleVmResponse> {
         unused()
     }
     async fn access_map(&self, _: Request<v1::AccessMapRequest>) -> Answer<Self::AccessMapStream> {

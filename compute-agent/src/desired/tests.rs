@@ -1,4 +1,7 @@
+use treeboot_types::{Endpoint, Epoch};
+
 use super::*;
+use crate::stack::{PathTo, WantedDisk};
 
 fn content(n: u8) -> Content {
     Content {
@@ -6,6 +9,14 @@ fn content(n: u8) -> Content {
         bytes: 1 << 20,
         chunk_bytes: 1 << 16,
     }
+}
+
+fn disk() -> DiskState {
+    let disk = WantedDisk {
+        digest: content(1).digest,
+        bytes: 1 << 20,
+    };
+    DiskState::new("a@1".parse().unwrap(), disk, [0; 16])
 }
 
 fn placed(image: &str, n: u8, portal: &str) -> Change {
@@ -59,17 +70,7 @@ fn a_base_is_wanted_while_it_is_pinned_or_a_disk_stands_on_it() {
     assert_eq!(desired.wanted().bases.len(), 0);
     desired.fold(Change::Disk {
         vm: vm.clone(),
-        disk: DiskState {
-            image: "a@1".parse().unwrap(),
-            disk: WantedDisk {
-                digest: content(1).digest,
-                bytes: 1 << 20,
-            },
-            doomed: false,
-            device: false,
-            transfer: None,
-            instance: [0; 16],
-        },
+        disk: disk(),
     });
     assert_eq!(desired.wanted().bases.len(), 1);
     desired.disks.get_mut(&vm).unwrap().doomed = true;
@@ -128,4 +129,43 @@ fn a_store_that_another_name_holds_is_not_doomed() {
     desired.fold(doom("b@1"));
     assert_eq!(desired.doomed_stores.len(), 1);
     assert_eq!(desired.wanted().bases.len(), 0);
+}
+
+#[test]
+fn a_vm_that_moves_is_served_by_nobody_and_its_coming_is_remembered() {
+    let vm = VmName::new("v").unwrap();
+    let mut desired = folded([placed("a@1", 1, "h:1")]);
+    let mut fold = |moving: Option<Move>, transfer| {
+        let disk = DiskState {
+            moving,
+            transfer: Some(transfer),
+            ..disk()
+        };
+        desired.fold(Change::Disk { vm: vm.clone(), disk });
+        let (all, one) = (desired.wanted(), desired.wanted_disk(&vm));
+        assert_eq!(all.disks, one.disks);
+        assert_eq!(all.resting_disks, one.resting_disks);
+        assert_eq!(all.bases.len(), 1, "its base stays");
+        (one.disks.len(), desired.taken.clone())
+    };
+    let leaving = |stage| {
+        Some(Move::Leaving {
+            transfer: 9,
+            to: "h2".parse().unwrap(),
+            address: "h2:1".into(),
+            stage,
+        })
+    };
+    assert_eq!(fold(Some(Move::Arriving), 7), (0, vec![]));
+    assert_eq!(fold(None, 7), (1, vec![7]));
+    for (stage, served) in [(Stage::Stopping, 1), (Stage::Fenced, 0), (Stage::Asked, 0)] {
+        assert_eq!(fold(leaving(stage), 7), (served, vec![7]));
+    }
+    assert_eq!(fold(None, 7), (1, vec![7]), "it stayed");
+    for n in 0..KEPT_TRANSFERS as u64 {
+        fold(Some(Move::Arriving), n);
+        fold(None, n);
+    }
+    let taken = fold(None, 1).1;
+    assert_eq!((taken.len(), taken.first()), (KEPT_TRANSFERS, Some(&0)));
 }

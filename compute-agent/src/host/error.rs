@@ -177,6 +177,25 @@ pub enum HostError {
         /// This host.
         host: String,
     },
+    /// The VM is on its way to another host.
+    #[error("VM '{vm}' is moving to host '{to}'; wait for its end, or cancel it")]
+    Moving {
+        /// The VM.
+        vm: VmName,
+        /// The other host.
+        to: String,
+    },
+    /// The other host was asked to take the VM, and has not said whether it did.
+    #[error(
+        "host '{to}' was asked to take VM '{vm}' and has not said whether it did, so that the VM runs nowhere; it is asked until it says so: \
+         bring that host's agent back"
+    )]
+    Undecided {
+        /// The VM.
+        vm: VmName,
+        /// The other host.
+        to: String,
+    },
     /// Whoever asked for it went away, or the agent ends.
     #[error("{what} was cancelled; nothing of it is left")]
     Cancelled {

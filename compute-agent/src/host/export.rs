@@ -13,7 +13,7 @@ use treeboot_proto::v1;
 use treeboot_proto::v1::disk_part::Part;
 use treeboot_types::{SnapshotName, VmName};
 
-use super::ship::{BLOCK, PART_BYTES, Reader, count};
+use super::ship::{BLOCK, PART_BYTES, Reader, header};
 use super::{Host, HostError, chain};
 use crate::plane::Verb;
 use crate::stack::LayerChange;
@@ -94,16 +94,11 @@ impl Host {
             }
         };
         let bytes = disk.geometry().bytes;
-        let counting = Arc::clone(&disk);
-        let counted = tokio::task::spawn_blocking(move || count(&counting, u64::MAX)).await;
-        let (data_blocks, _) = counted.map_err(|_| self.shared.stopping())?;
+        let (data_blocks, _) = self.count(&disk).await?;
         send(Part::Header(v1::DiskHeader {
-            vm: request.vm.to_string(),
-            image: Some((&state.image).into()),
-            digest: state.disk.digest.0.to_vec(),
-            bytes,
             transfer,
             data_bytes: if request.whole { bytes } else { data_blocks * BLOCK },
+            ..header(&request.vm, state)
         }))
         .await?;
         let mut end = v1::DiskEnd::default();

@@ -33,6 +33,9 @@ async fn find_snapshot(shared: &Shared, vm: &VmName, snapshot: &SnapshotName) ->
 impl VmOwner {
     /// One change of the disk's layers, which the disk's owner is asked for, so that none meets another.
     pub(super) async fn change_layers(&mut self, change: LayerChange) -> Result<(), HostError> {
+        if !matches!(change, LayerChange::Release { .. }) {
+            self.check_settled()?;
+        }
         if let LayerChange::RollBack { snapshot } = &change {
             find_snapshot(&self.shared, &self.vm, snapshot).await?;
             if self.run.as_ref().is_some_and(|run| !run.vm.ended()) {
@@ -144,7 +147,10 @@ impl Host {
     pub(super) fn has_disk(&self, vm: &VmName) -> Result<(), HostError> {
         self.known(vm)?;
         match self.desired().disks.get(vm) {
-            Some(disk) if !disk.doomed => Ok(()),
+            Some(disk) if !disk.doomed => match HostError::of_move(vm, self.shared.host(), disk) {
+                Some(error) => Err(error),
+                None => Ok(()),
+            },
             _ => Err(HostError::NoDisk {
                 vm: vm.clone(),
                 host: self.shared.host().to_string(),

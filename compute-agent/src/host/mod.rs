@@ -10,6 +10,7 @@ mod export;
 mod layers;
 mod many;
 mod mend;
+mod migrate;
 mod receive;
 mod remains;
 mod report;
@@ -18,6 +19,7 @@ mod room;
 mod secure;
 mod ship;
 mod stored;
+mod take;
 pub(crate) mod view;
 mod vm;
 
@@ -43,7 +45,7 @@ use crate::keys::Keys;
 use crate::link::{Identity, Link, LinkEvent};
 use crate::orphans::Ledger;
 use crate::plane::{Plane, Scope};
-use crate::stack::{Content, Obstacle};
+use crate::stack::Content;
 
 use base::{BaseMsg, BaseOwner, Hold};
 use view::{Board, View};
@@ -51,10 +53,11 @@ use vm::{VmHandle, VmMsg};
 
 pub use error::{HostError, chain};
 pub use export::{ExportRequest, Exported};
+pub use migrate::{MigrateRequest, Moved};
 pub use receive::{Begun, Receiving};
 pub use report::{MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
 pub use room::{Room, RoomLevel};
-pub use ship::{CloneRequest, Cloning, Progress, Shipped};
+pub use ship::{CloneRequest, Phase, Progress, Shipped, Underway};
 pub use stored::Imported;
 
 /// How long a call waits for an attachment to be readable and registered. Levels of a cold tree become readable one
@@ -109,6 +112,7 @@ pub(crate) struct Shared {
     seats: receive::Seats,
     /// Since when nobody claims what is orphaned.
     orphans: Mutex<Ledger>,
+    moves: migrate::Moves,
     /// Who may use what, as the coordinator said last.
     allowed: Mutex<BTreeSet<(ImageName, Role)>>,
 }
@@ -231,12 +235,14 @@ impl Host {
                 imports: stored::Imports::default(),
                 room: Mutex::default(),
                 seats: receive::Seats::default(),
+                moves: migrate::Moves::default(),
                 allowed: Mutex::default(),
             }),
             started: tokio::time::Instant::now(),
         };
         host.take_up_arrivals().await;
         host.take_up_owners();
+        host.take_up_moves();
         let (refused, refusal) = oneshot::channel();
         let router = host.clone();
         host.shared
@@ -583,14 +589,6 @@ impl Host {
             tracing::warn!("some tasks did not end in time");
         }
         self.plane().close().await;
-    }
-}
-
-/// Whether a failure names this VM's delta, so that asking again is of no use.
-fn obstacle_of(error: &ReachError) -> Option<&Obstacle> {
-    match error {
-        ReachError::Obstacles(obstacles) => obstacles.first(),
-        _ => None,
     }
 }
 

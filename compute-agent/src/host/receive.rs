@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use treeboot_block::DeltaMeta;
 use treeboot_block::layers::{Arrival, Incoming, arrivals};
 use treeboot_proto::v1;
 use treeboot_proto::v1::disk_part::Part;
-use treeboot_types::{ImageId, VmName};
+use treeboot_types::{ImageId, ImageRef, VmName};
 
 use super::vm::{VmMsg, VmOwner};
 use super::{Host, HostError, Shared, chain};
@@ -26,19 +27,24 @@ const RESUME_LIMIT: Duration = Duration::from_secs(45);
 /// How long a transfer's older connection may take to end when a newer one has come.
 const HANDOVER_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long nothing may be heard of a VM that moves here: its host stops it meanwhile.
+const MOVE_LIMIT: Duration = Duration::from_secs(180);
+
 /// Who receives what at the moment: one transfer for a VM.
 #[derive(Default)]
 pub(super) struct Seats {
     taken: Mutex<HashMap<VmName, Taken>>,
     /// What was broken off, and may be gone on with for a while.
     kept: Mutex<BTreeSet<(VmName, u64)>>,
+    /// VMs that move here: by which transfer, and when something of it was heard last.
+    moves: Mutex<HashMap<VmName, (u64, Instant)>>,
 }
 
 impl Seats {
     /// Whether somebody receives a VM's disk, or may go on with it.
     pub(super) fn claims(&self, vm: &VmName, transfer: Option<u64>) -> bool {
         let kept = |transfer| self.kept.lock().contains(&(vm.clone(), transfer));
-        self.taken.lock().contains_key(vm) || transfer.is_some_and(kept)
+        self.taken.lock().contains_key(vm) || self.moves.lock().contains_key(vm) || transfer.is_some_and(kept)
     }
 }
 
@@ -51,7 +57,7 @@ struct Taken {
 }
 
 /// The right to receive a VM's disk.
-struct Seat {
+pub(super) struct Seat {
     shared: Arc<Shared>,
     vm: VmName,
     taken: Taken,
@@ -79,6 +85,8 @@ pub struct Receiving {
     content: Content,
     transfer: u64,
     incoming: Arc<Incoming>,
+    /// It is a layer of a VM that moves.
+    layer: bool,
     // Last: its file is closed when the seat is free.
     seat: Seat,
 }
@@ -203,15 +211,16 @@ impl Host {
         let image = treeboot_proto::image_id_or_newest(header.image.as_ref())
             .map_err(|error| HostError::Invalid(error.to_string()))?;
         let transfer = header.transfer;
+        if header.runs {
+            self.shared.hypervisor().await?;
+        }
         let seat = self.seat(&vm, transfer).await?;
         if self.has_taken(&vm, transfer)? {
             return Ok(Begun::Taken);
         }
-        let (image, content) = self.resolve(&image).await?;
-        if content.digest.0[..] != header.digest[..] || content.bytes != header.bytes {
-            let why = format!("image {image} has another content here than there");
-            return Err(HostError::Shipped { vm, why });
-        }
+        let (image, content) = self
+            .same_content(&vm, &image, &header.digest, header.bytes)
+            .await?;
         let found = self.plane().inspect(&Scope::Disk(vm.clone())).await?;
         if found.deltas.contains_key(&vm) {
             return Err(HostError::Plane(PlaneError::Unfit {
@@ -219,9 +228,16 @@ impl Host {
                 why: "a delta that no VM owns has its name; move it away, or give the VM another name".into(),
             }));
         }
+        if header.layer == Some(0) {
+            return Err(HostError::Invalid("layer 0 has no name of its own".into()));
+        }
+        if header.layer.is_some() {
+            self.heard_of_move(&vm, transfer);
+        }
         let arrival = Arrival {
             vm: vm.clone(),
             transfer,
+            layer: header.layer,
             meta: DeltaMeta {
                 digest: content.digest,
                 bytes: content.bytes,
@@ -243,12 +259,79 @@ impl Host {
             content,
             transfer,
             incoming,
+            layer: header.layer.is_some(),
             seat,
         };
         Ok(Begun::From(receiving, from))
     }
 
-    async fn seat(&self, vm: &VmName, transfer: u64) -> Result<Seat, HostError> {
+    /// The image under a disk that comes, as it is here.
+    ///
+    /// # Errors
+    /// It cannot be had, or is another one than where the disk comes from.
+    pub(super) async fn same_content(
+        &self,
+        vm: &VmName,
+        image: &ImageRef,
+        digest: &[u8],
+        bytes: u64,
+    ) -> Result<(ImageId, Content), HostError> {
+        let (image, content) = self.resolve(image).await?;
+        match content.digest.0[..] == *digest && content.bytes == bytes {
+            true => Ok((image, content)),
+            false => Err(HostError::Shipped {
+                vm: vm.clone(),
+                why: format!("image {image} has another content here than there"),
+            }),
+        }
+    }
+
+    /// A VM is about to move here. Where nothing more is heard, what came of it is removed, unless it is this host's already.
+    pub(super) fn heard_of_move(&self, vm: &VmName, transfer: u64) {
+        let now = (transfer, Instant::now());
+        let before = self.shared.seats.moves.lock().insert(vm.clone(), now);
+        if before.is_some_and(|(before, _)| before == transfer) {
+            return;
+        }
+        let (host, vm) = (self.clone(), vm.clone());
+        self.shared.tasks.spawn(async move {
+            let mut until = now.1 + MOVE_LIMIT;
+            loop {
+                tokio::select! {
+                    () = host.shared.stop.cancelled() => return,
+                    () = tokio::time::sleep_until(until) => {}
+                }
+                let seats = &host.shared.seats;
+                let heard = seats.moves.lock().get(&vm).copied();
+                let Some((_, heard)) = heard.filter(|(of, _)| *of == transfer) else {
+                    return;
+                };
+                let receives = seats.taken.lock().contains_key(&vm);
+                until = heard + MOVE_LIMIT;
+                if receives {
+                    until = Instant::now() + MOVE_LIMIT;
+                } else if until <= Instant::now() {
+                    match host.settle(&vm, transfer).await {
+                        Ok(_) => return,
+                        Err(error) => {
+                            tracing::warn!(%vm, error = %chain(&error), "what came of a VM that did not move here stays for now");
+                        }
+                    }
+                    until = Instant::now() + MOVE_LIMIT;
+                }
+            }
+        });
+    }
+
+    /// Nothing more is expected of a VM that moves here.
+    pub(super) fn moved_or_not(&self, vm: &VmName, transfer: u64) {
+        let mut moves = self.shared.seats.moves.lock();
+        if moves.get(vm).is_some_and(|(of, _)| *of == transfer) {
+            moves.remove(vm);
+        }
+    }
+
+    pub(super) async fn seat(&self, vm: &VmName, transfer: u64) -> Result<Seat, HostError> {
         loop {
             let other = {
                 let mut seats = self.shared.seats.taken.lock();
@@ -288,10 +371,14 @@ impl Host {
     ///
     /// # Errors
     /// It has another one.
-    fn has_taken(&self, vm: &VmName, transfer: u64) -> Result<bool, HostError> {
+    pub(super) fn has_taken(&self, vm: &VmName, transfer: u64) -> Result<bool, HostError> {
         match self.desired().disks.get(vm) {
             None => Ok(false),
             Some(there) if there.transfer == Some(transfer) && !there.doomed => Ok(true),
+            Some(there) if there.is_arriving() => Err(HostError::Arriving {
+                vm: vm.clone(),
+                host: self.shared.host().to_string(),
+            }),
             Some(there) => Err(HostError::VmExists {
                 vm: vm.clone(),
                 host: self.shared.host().to_string(),
@@ -300,7 +387,7 @@ impl Host {
         }
     }
 
-    /// All of a disk came: its VM gets it.
+    /// All of a disk came: its VM gets it. A layer of one that moves waits for the others.
     ///
     /// # Errors
     /// [`HostError`]; nothing is left then.
@@ -311,8 +398,13 @@ impl Host {
             content,
             transfer,
             incoming,
+            layer,
             seat,
         } = receiving;
+        if layer {
+            self.heard_of_move(&vm, transfer);
+            return blocking(&vm, &incoming, Incoming::settle).await;
+        }
         let disk = Received {
             image,
             content,
@@ -341,8 +433,9 @@ impl Host {
                 () = host.shared.stop.cancelled() => return,
                 () = tokio::time::sleep(RESUME_LIMIT) => {}
             }
-            host.shared.seats.kept.lock().remove(&kept);
-            if host.shared.seats.taken.lock().contains_key(&vm) {
+            let seats = &host.shared.seats;
+            seats.kept.lock().remove(&kept);
+            if seats.taken.lock().contains_key(&vm) || seats.moves.lock().contains_key(&vm) {
                 // It is gone on with, or there is a newer one, which removed it.
                 return;
             }
@@ -371,7 +464,11 @@ impl Host {
 
     /// At the start: what a predecessor began to take in may be gone on with for a while.
     pub(super) async fn take_up_arrivals(&self) {
-        let owned = self.desired().disks.keys().cloned().collect();
+        let desired = self.desired();
+        for (vm, disk) in desired.disks.iter().filter(|(_, disk)| disk.is_arriving()) {
+            self.heard_of_move(vm, disk.transfer.unwrap_or_default());
+        }
+        let owned = desired.disks.keys().cloned().collect();
         match self.plane().arrivals(owned).await {
             Ok(arrivals) => {
                 for (vm, transfer) in arrivals {

@@ -4,7 +4,7 @@ use treeboot_types::{HostInfo, PlaneKind};
 
 use super::{HostError, Settings, chain};
 use crate::apply::Applier;
-use crate::desired::Change;
+use crate::desired::{Change, DiskState, Move, Stage};
 use crate::plane::{self, Plane, Scope};
 
 /// What the journal says is served again, and what was half destroyed is gone.
@@ -13,6 +13,26 @@ pub(super) async fn restore(applier: &Applier) -> Result<(), HostError> {
     let detached = crate::heed::left_idle(&desired);
     if !detached.is_empty() {
         applier.journal.commit(detached).await?;
+    }
+    // VMs that were to move, of which nobody was asked yet whether they did: they are here.
+    let staying: Vec<_> = applier
+        .journal
+        .desired()
+        .disks
+        .iter()
+        .filter(
+            |(_, disk)| matches!(&disk.moving, Some(Move::Leaving { stage, .. }) if *stage != Stage::Asked),
+        )
+        .map(|(vm, disk)| Change::Disk {
+            vm: vm.clone(),
+            disk: DiskState {
+                moving: None,
+                ..disk.clone()
+            },
+        })
+        .collect();
+    if !staying.is_empty() {
+        applier.journal.commit(staying).await?;
     }
     let desired = applier.journal.desired();
     let errors = applier.reach_all(&desired.wanted()).await;

@@ -1,4 +1,4 @@
-//! A disk's copy for another VM: what was written, block by block and in order, to this host or another one.
+//! A disk, or a layer of one, on its way: what was written, block by block and in order, to this host or another one; and clones.
 //!
 //! The layers are frozen and held while they are read, so what arrives is one point in time however long it takes. A connection that
 //! breaks is made again, and the transfer goes on where it ended. Deliberately absent: the base, which the other host reads by its
@@ -22,6 +22,7 @@ use treeboot_types::{HostName, SnapshotName, VmName};
 
 use super::receive::Begun;
 use super::{Host, HostError, chain};
+use crate::desired::DiskState;
 use crate::plane::Verb;
 use crate::stack::LayerChange;
 
@@ -34,9 +35,9 @@ const PARTS: usize = 8;
 pub(super) const BLOCK: u64 = 4096;
 /// How often a host that never answered is tried, and the pause before.
 const ATTEMPTS: u32 = 3;
-const PAUSE: Duration = Duration::from_millis(500);
+pub(super) const PAUSE: Duration = Duration::from_millis(500);
 /// How long a transfer that has begun is tried to be gone on with while nothing arrives. The other side keeps what came for longer.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// For the connection to the other host.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How often a connection is tried while nothing comes, and how long it may be silent then.
@@ -46,9 +47,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// How long the other host's disk may take for what waits.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 /// For the other host to sync a disk and to attach its image.
-const TAKE_LIMIT: Duration = Duration::from_secs(180);
+pub(super) const TAKE_LIMIT: Duration = Duration::from_secs(180);
 /// For the other host to hear that nothing is to be kept.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
+pub(super) const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// What is asked of a clone.
 #[derive(Debug, Clone)]
@@ -74,23 +75,58 @@ pub struct Shipped {
     pub resumed: u32,
 }
 
+/// What a transfer does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// It ships what was frozen while its VM goes on.
+    #[default]
+    Running,
+    /// The VM is being stopped.
+    Stopping,
+    /// It ships what was written until the VM had stopped.
+    Stopped,
+    /// The other host takes the VM.
+    Taking,
+}
+
 /// How far a transfer is, in bytes of data.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Progress {
     /// Shipped.
     pub done_bytes: u64,
-    /// In all.
+    /// In all, as far as it is known.
     pub total_bytes: u64,
+    /// What it does.
+    pub phase: Phase,
 }
 
-/// A clone under way.
-pub struct Cloning {
+/// A clone or a move under way.
+pub struct Underway<T> {
     /// How far it is.
     pub progress: watch::Receiver<Progress>,
     /// Ends it.
     pub cancel: CancellationToken,
     /// How it ends.
-    pub end: JoinHandle<Result<Shipped, HostError>>,
+    pub end: JoinHandle<Result<T, HostError>>,
+}
+
+impl<T: Send + 'static> Underway<T> {
+    pub(super) fn begin<F>(
+        stop: &CancellationToken,
+        work: impl FnOnce(watch::Sender<Progress>, CancellationToken) -> F,
+    ) -> Self
+    where
+        F: Future<Output = Result<T, HostError>> + Send + 'static,
+    {
+        let (told, progress) = watch::channel(Progress::default());
+        let cancel = stop.child_token();
+        let end = tokio::spawn(work(told, cancel.clone()));
+        Self {
+            progress,
+            cancel,
+            end,
+        }
+    }
 }
 
 /// Everything of a disk that is not the base's, in order.
@@ -140,7 +176,7 @@ impl Reader {
 }
 
 /// Blocks of data and of zeroes below `end`. Looks at no block.
-pub(super) fn count(disk: &Frozen, end: u64) -> (u64, u64) {
+fn count(disk: &Frozen, end: u64) -> (u64, u64) {
     let end = end.min(disk.geometry().bytes);
     let (mut data, mut zero, mut at) = (0, 0, 0);
     while at < end {
@@ -156,39 +192,45 @@ pub(super) fn count(disk: &Frozen, end: u64) -> (u64, u64) {
 }
 
 /// A disk on its way.
-struct Parcel<'a> {
-    request: &'a CloneRequest,
-    header: v1::DiskHeader,
-    end: v1::DiskEnd,
-    disk: Arc<Frozen>,
-    progress: &'a watch::Sender<Progress>,
-    cancel: &'a CancellationToken,
-    shipped: Shipped,
+pub(super) struct Parcel<'a> {
+    /// Where it goes: the host, and its agent's `host:port`.
+    pub(super) to: &'a (HostName, String),
+    /// For people, who are told that it was cancelled.
+    pub(super) what: String,
+    pub(super) header: v1::DiskHeader,
+    pub(super) end: v1::DiskEnd,
+    pub(super) disk: Arc<Frozen>,
+    pub(super) progress: &'a watch::Sender<Progress>,
+    /// Bytes of data that had been shipped before it was begun.
+    pub(super) before: u64,
+    pub(super) cancel: &'a CancellationToken,
+    pub(super) shipped: Shipped,
     /// The other side answered once.
-    heard: bool,
+    pub(super) heard: bool,
+}
+
+pub(super) fn peer(host: &HostName, status: tonic::Status) -> HostError {
+    HostError::Peer {
+        host: host.clone(),
+        status: Box::new(status),
+    }
 }
 
 impl Parcel<'_> {
     fn peer(&self, status: tonic::Status) -> HostError {
-        HostError::Peer {
-            host: self.request.to.0.clone(),
-            status: Box::new(status),
-        }
+        peer(&self.to.0, status)
     }
 
     fn cancelled(&self) -> HostError {
         HostError::Cancelled {
-            what: format!(
-                "the clone of VM '{}' to '{}'",
-                self.request.vm, self.request.new_vm
-            ),
+            what: self.what.clone(),
         }
     }
 
     async fn done_below(&self, at: u64) {
         let disk = Arc::clone(&self.disk);
         let counted = tokio::task::spawn_blocking(move || count(&disk, at)).await;
-        let done = counted.unwrap_or_default().0 * BLOCK;
+        let done = self.before + counted.unwrap_or_default().0 * BLOCK;
         self.progress.send_modify(|progress| progress.done_bytes = done);
     }
 
@@ -200,19 +242,32 @@ impl Parcel<'_> {
     }
 }
 
+/// What a VM's disk is, for whom it is shipped to.
+pub(super) fn header(vm: &VmName, disk: &DiskState) -> v1::DiskHeader {
+    v1::DiskHeader {
+        vm: vm.to_string(),
+        image: Some((&disk.image).into()),
+        digest: disk.disk.digest.0.to_vec(),
+        bytes: disk.disk.bytes,
+        ..v1::DiskHeader::default()
+    }
+}
+
 impl Host {
+    /// Blocks of data and of zeroes of a disk. Looks at no block.
+    pub(super) async fn count(&self, disk: &Arc<Frozen>) -> Result<(u64, u64), HostError> {
+        let disk = Arc::clone(disk);
+        let counted = tokio::task::spawn_blocking(move || count(&disk, u64::MAX)).await;
+        counted.map_err(|_| self.shared.stopping())
+    }
+
     /// Gives a new VM, here or on another host, the disk that a VM has, or had at a snapshot. The VM goes on meanwhile. Where it fails
     /// or is cancelled, nothing is left.
-    pub fn begin_clone(&self, request: CloneRequest) -> Cloning {
-        let (told, progress) = watch::channel(Progress::default());
-        let cancel = self.shared.stop.child_token();
-        let (host, cancelled) = (self.clone(), cancel.clone());
-        let end = tokio::spawn(async move { host.clone_vm(&request, &told, &cancelled).await });
-        Cloning {
-            progress,
-            cancel,
-            end,
-        }
+    pub fn begin_clone(&self, request: CloneRequest) -> Underway<Shipped> {
+        let host = self.clone();
+        Underway::begin(&self.shared.stop, async move |told, cancel| {
+            host.clone_vm(&request, &told, &cancel).await
+        })
     }
 
     async fn clone_vm(
@@ -255,20 +310,16 @@ impl Host {
             .disks
             .get(&request.vm)
             .ok_or_else(|| self.shared.stopping())?;
-        let whole = Arc::clone(&disk);
-        let counted = tokio::task::spawn_blocking(move || count(&whole, u64::MAX)).await;
-        let (data_blocks, zero_blocks) = counted.map_err(|_| self.shared.stopping())?;
+        let (data_blocks, zero_blocks) = self.count(&disk).await?;
         let data_bytes = data_blocks * BLOCK;
         progress.send_modify(|progress| progress.total_bytes = data_bytes);
         let mut parcel = Parcel {
-            request,
+            to: &request.to,
+            what: format!("the clone of VM '{}' to '{}'", request.vm, request.new_vm),
             header: v1::DiskHeader {
-                vm: request.new_vm.to_string(),
-                image: Some((&state.image).into()),
-                digest: state.disk.digest.0.to_vec(),
-                bytes: state.disk.bytes,
                 transfer,
                 data_bytes,
+                ..header(&request.new_vm, state)
             },
             end: v1::DiskEnd {
                 data_blocks,
@@ -276,6 +327,7 @@ impl Host {
             },
             disk,
             progress,
+            before: 0,
             cancel,
             shipped: Shipped {
                 data_bytes,
@@ -317,7 +369,8 @@ impl Host {
         }
     }
 
-    async fn send(&self, parcel: &mut Parcel<'_>) -> Result<(), HostError> {
+    /// Ships it, through connections that break.
+    pub(super) async fn send(&self, parcel: &mut Parcel<'_>) -> Result<(), HostError> {
         let mut attempts = 0;
         let mut arrived = tokio::time::Instant::now();
         loop {
@@ -348,7 +401,7 @@ impl Host {
                     ),
                 })));
             }
-            tracing::warn!(vm = %parcel.request.vm, to = %parcel.request.to.0, error = %chain(&broken), "the transfer broke off and is gone on with");
+            tracing::warn!(vm = %parcel.header.vm, to = %parcel.to.0, error = %chain(&broken), "the transfer broke off and is gone on with");
             parcel.shipped.resumed += 1;
             tokio::select! {
                 () = parcel.cancel.cancelled() => return Err(parcel.cancelled()),
@@ -357,8 +410,11 @@ impl Host {
         }
     }
 
-    async fn reach(&self, parcel: &Parcel<'_>) -> Result<tonic::transport::Channel, HostError> {
-        let (host, address) = &parcel.request.to;
+    /// Another host's agent.
+    pub(super) async fn reach(
+        &self,
+        (host, address): &(HostName, String),
+    ) -> Result<AgentClient<tonic::transport::Channel>, HostError> {
         let dialer = self.shared.settings.dialer.to(Who::Host(host.clone()));
         let dialer = dialer.map_err(|error| HostError::Invalid(error.to_string()))?;
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"))
@@ -368,12 +424,13 @@ impl Host {
             .keep_alive_timeout(KEEPALIVE)
             .keep_alive_while_idle(true);
         let connected = dialer.connect(&endpoint).await;
-        connected.map_err(|error| parcel.peer(tonic::Status::unavailable(chain(&error))))
+        let connected = connected.map_err(|error| peer(host, tonic::Status::unavailable(chain(&error))));
+        connected.map(AgentClient::new)
     }
 
     /// One connection, from where the other side wants to go on.
     async fn attempt(&self, parcel: &mut Parcel<'_>) -> Result<(), HostError> {
-        let mut client = AgentClient::new(self.reach(parcel).await?);
+        let mut client = self.reach(parcel.to).await?;
         let (parts, stream) = mpsc::channel(PARTS);
         let of = |part| v1::DiskPart { part: Some(part) };
         // There is room for one.

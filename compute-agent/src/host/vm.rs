@@ -6,6 +6,7 @@
 
 mod bury;
 mod disk;
+mod moving;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,10 +19,13 @@ use treeboot_types::{ImageId, ImageRef, Iqn, VmName};
 use super::base::{BaseMsg, Reply};
 use super::receive::Received;
 use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
+use super::take::Taking;
 use super::{Host, HostError, Shared, chain, is_running, reach_error};
 use crate::desired::{Change, DiskState, VmState};
 use crate::plane::{DiskPlace, Scope};
 use crate::stack::{Content, LayerChange};
+
+pub(super) use moving::MoveStep;
 
 /// Messages that may wait for one VM's owner.
 const INBOX: usize = 16;
@@ -60,6 +64,21 @@ pub(super) enum VmMsg {
         kind: &'static str,
         reply: Reply<()>,
     },
+    /// A step of the VM's way to another host.
+    Move {
+        step: MoveStep,
+        reply: Reply<()>,
+    },
+    /// It comes from another host. Answered with what does not work of it.
+    Take {
+        taking: Box<Taking>,
+        reply: Reply<String>,
+    },
+    /// Whether it came by this transfer; if not, it never will.
+    Settle {
+        transfer: u64,
+        reply: Reply<bool>,
+    },
 }
 
 /// The way to an owner.
@@ -86,7 +105,7 @@ pub(super) struct VmOwner {
     pub(super) host: Host,
     pub(super) shared: Arc<Shared>,
     pub(super) vm: VmName,
-    report: watch::Sender<VmReport>,
+    pub(super) report: watch::Sender<VmReport>,
     pub(super) run: Option<Run>,
 }
 
@@ -128,6 +147,7 @@ impl VmOwner {
     async fn run(mut self, mut inbox: mpsc::Receiver<VmMsg>) {
         let stop = self.shared.stop.clone();
         self.find_again().await;
+        self.find_start().await;
         loop {
             let next = tokio::select! {
                 () = stop.cancelled() => return,
@@ -189,7 +209,7 @@ impl VmOwner {
                 let result = self.create(&image, known, device).await;
                 let failed = result.is_err();
                 let _ = reply.send(result);
-                failed && !self.shared.journal().desired().disks.contains_key(&self.vm)
+                failed && self.is_nobody()
             }
             VmMsg::Destroy { keep_base, reply } => {
                 let result = self.destroy(keep_base).await;
@@ -211,7 +231,19 @@ impl VmOwner {
             }
             VmMsg::Adopt { disk, reply } => {
                 let _ = reply.send(self.adopt(disk).await);
-                !self.shared.journal().desired().disks.contains_key(&self.vm)
+                self.is_nobody()
+            }
+            VmMsg::Move { step, reply } => {
+                let _ = reply.send(self.step_of_move(step).await);
+                self.is_nobody()
+            }
+            VmMsg::Take { taking, reply } => {
+                let _ = reply.send(self.take_over(*taking).await);
+                self.is_nobody()
+            }
+            VmMsg::Settle { transfer, reply } => {
+                let _ = reply.send(self.settle(transfer).await);
+                self.is_nobody()
             }
             VmMsg::Bury { kind, reply } => {
                 let _ = reply.send(self.bury(kind).await);
@@ -221,12 +253,17 @@ impl VmOwner {
         }
     }
 
+    fn is_nobody(&self) -> bool {
+        !self.shared.journal().desired().disks.contains_key(&self.vm)
+    }
+
     async fn create(
         &mut self,
         image: &ImageRef,
         known: Option<(ImageId, Content)>,
         device: bool,
     ) -> Result<(), HostError> {
+        self.check_settled()?;
         let desired = self.shared.journal().desired();
         if let Some(there) = desired.disks.get(&self.vm) {
             if there.doomed {
@@ -264,6 +301,7 @@ impl VmOwner {
     }
 
     async fn destroy(&mut self, keep_base: bool) -> Result<(), HostError> {
+        self.check_settled()?;
         if let Some(run) = self.run.take() {
             run.vm.stop(StopMode::Quit).await?;
             for reply in run.waiting {
@@ -278,7 +316,7 @@ impl VmOwner {
         Ok(())
     }
 
-    async fn delete_disk(&mut self, keep_base: bool) -> Result<(), HostError> {
+    pub(super) async fn delete_disk(&mut self, keep_base: bool) -> Result<(), HostError> {
         let desired = self.shared.journal().desired();
         let Some(there) = desired.disks.get(&self.vm) else {
             return Ok(());
@@ -311,8 +349,9 @@ impl VmOwner {
         self.host.run_dir(&self.vm)
     }
 
-    async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {
+    pub(super) async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {
         let asked = tokio::time::Instant::now();
+        self.check_settled()?;
         if self.run.as_ref().is_some_and(|run| !run.vm.ended()) {
             // It runs, as was asked.
             return Ok(());

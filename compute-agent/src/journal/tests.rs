@@ -7,17 +7,14 @@ use crate::stack::WantedDisk;
 fn disk_change(n: u8) -> Change {
     Change::Disk {
         vm: VmName::new(&format!("vm-{n}")).unwrap(),
-        disk: DiskState {
-            image: "debian@1".parse().unwrap(),
-            disk: WantedDisk {
+        disk: DiskState::new(
+            "debian@1".parse().unwrap(),
+            WantedDisk {
                 digest: Digest([n; 32]),
                 bytes: 4096,
             },
-            doomed: false,
-            device: false,
-            transfer: None,
-            instance: [n; 16],
-        },
+            [n; 16],
+        ),
     }
 }
 

@@ -9,11 +9,12 @@ use parking_lot::Mutex;
 use treeboot_types::{Digest, VmName};
 
 use super::{
-    Abilities, BaseStats, DiskPlace, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
-    Scope, Trouble,
+    Abilities, BaseStats, DiskPlace, DiskStats, LayerBlocks, ParentFault, Plane, PlaneError, PlaneFuture,
+    PlaneKind, Scope, Trouble,
 };
 use crate::stack::{Found, Step};
-use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerReport};
+use treeboot_block::LayeredDisk;
+use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerReport, LayerTree};
 
 /// How the chosen step goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,11 +121,24 @@ impl Plane for FaultyPlane {
         self.inner.receive(arrival)
     }
 
+    fn layered(&self, vm: &VmName) -> Result<Arc<LayeredDisk>, PlaneError> {
+        self.inner.layered(vm)
+    }
+
+    fn finish<'a>(
+        &'a self,
+        arrival: &'a Arrival,
+        tree: &'a LayerTree,
+        blocks: &'a LayerBlocks,
+    ) -> PlaneFuture<'a, ()> {
+        self.inner.finish(arrival, tree, blocks)
+    }
+
     fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
         self.inner.discard(vm, transfer)
     }
 
-    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, Vec<(VmName, u64)>> {
+    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, BTreeSet<(VmName, u64)>> {
         self.inner.arrivals(owned)
     }
 

@@ -10,20 +10,23 @@ mod links;
 pub mod model;
 pub mod user;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use treeboot_block::LayerError;
-use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerReport};
+use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerId, LayerReport, LayerTree};
+use treeboot_block::{LayerError, LayeredDisk};
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, IscsiUrl, VmName};
 
 use crate::stack::{Found, Step, Violation};
 
 /// What an operation of a plane returns: boxed, so that a plane can be a trait object.
 pub type PlaneFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, PlaneError>> + Send + 'a>>;
+
+/// Blocks of data and of zeroes that each layer has.
+pub type LayerBlocks = BTreeMap<LayerId, (u64, u64)>;
 
 /// Which kind of plane it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +58,7 @@ impl Verb {
     /// Why a kind of plane cannot do it, and what to do instead; `None` where it can.
     pub fn refusal(self, plane: PlaneKind) -> Option<&'static str> {
         match (plane, self) {
-            (PlaneKind::User, Self::Snapshot | Self::CheckDelta | Self::Clone | Self::Export) => None,
-            (PlaneKind::User, Self::Migrate) => Some(
-                "this version does not move VMs; stop the VM, clone it to the other host, and destroy it here",
-            ),
+            (PlaneKind::User, _) => None,
             (PlaneKind::Kernel, Self::Snapshot) => Some(
                 "dm-snapshot keeps one layer of writes over a base and cannot freeze it; run the VM on a host of the user plane",
             ),
@@ -382,6 +382,26 @@ pub trait Plane: Send + Sync + 'static {
         Box::pin(async move { Err(no_layers(&arrival.vm, kind)) })
     }
 
+    /// The layers of a served disk, to be read one by one while a transfer holds them, also after the disk is served no more.
+    ///
+    /// # Errors
+    /// It is not served, or the plane has no layers.
+    fn layered(&self, vm: &VmName) -> Result<Arc<LayeredDisk>, PlaneError> {
+        Err(no_layers(vm, self.kind()))
+    }
+
+    /// All layers of a disk came: [`Step::CreateDelta`] takes them. Done already, it changes nothing.
+    fn finish<'a>(
+        &'a self,
+        arrival: &'a Arrival,
+        tree: &'a LayerTree,
+        blocks: &'a LayerBlocks,
+    ) -> PlaneFuture<'a, ()> {
+        let _ = (tree, blocks);
+        let kind = self.kind();
+        Box::pin(async move { Err(no_layers(&arrival.vm, kind)) })
+    }
+
     /// Removes what came for a VM that is not to be: what was received, or what a transfer left that nobody goes on with.
     fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
         let _ = (vm, transfer);
@@ -390,9 +410,9 @@ pub trait Plane: Send + Sync + 'static {
 
     /// At the start, when the VMs that are `owned` have what is theirs: removes what came for others. Returns transfers that may be
     /// gone on with.
-    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, Vec<(VmName, u64)>> {
+    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, BTreeSet<(VmName, u64)>> {
         let _ = owned;
-        Box::pin(async { Ok(Vec::new()) })
+        Box::pin(async { Ok(BTreeSet::new()) })
     }
 
     /// What does not work as it was set at the moment, for a person.

@@ -121,13 +121,8 @@ fn what_a_plane_refuses_stands_in_the_docs() {
     use super::{PlaneKind, Verb};
     let docs = include_str!("../../../docs/verbs.md");
     let kernel = |verb: Verb| verb.refusal(PlaneKind::Kernel);
-    for (verb, user) in [
-        (Verb::Snapshot, true),
-        (Verb::CheckDelta, true),
-        (Verb::Clone, true),
-        (Verb::Migrate, false),
-    ] {
-        assert_eq!(verb.refusal(PlaneKind::User).is_none(), user, "{verb:?}");
+    for verb in [Verb::Snapshot, Verb::CheckDelta, Verb::Clone, Verb::Migrate] {
+        assert!(verb.refusal(PlaneKind::User).is_none(), "{verb:?}");
         assert!(kernel(verb).is_some(), "{verb:?}");
         assert!(docs.contains(&format!("`{}`", verb.name())), "{verb:?}");
     }

@@ -10,10 +10,11 @@ use treeboot_proto::v1;
 use treeboot_types::{HostName, ImageRef, SnapshotName, VmName};
 
 use super::invalid;
+use crate::desired::{Move, Stage};
 use crate::doctor::Finding;
 use crate::host::{
-    CloneRequest, ExportRequest, Host, Imported, MEMORY_MIB, READY_LIMIT, RoomLevel, StartRequest, VmReport,
-    VmRun,
+    CloneRequest, ExportRequest, Host, Imported, MEMORY_MIB, MigrateRequest, Moved, Phase, Progress,
+    READY_LIMIT, RoomLevel, Shipped, StartRequest, VmReport, VmRun,
 };
 use crate::plane::{BaseStats, PathStats};
 
@@ -272,6 +273,61 @@ pub(super) fn clone_request(request: v1::CloneRequest) -> Result<CloneRequest, S
         ),
         new_vm: super::vm_name(&request.new_vm)?,
     })
+}
+
+pub(super) fn clone_progress(now: Progress, end: Option<Shipped>) -> v1::CloneProgress {
+    v1::CloneProgress {
+        done_bytes: now.done_bytes,
+        total_bytes: now.total_bytes,
+        result: end.map(|shipped| v1::CloneResponse {
+            data_bytes: shipped.data_bytes,
+            sent_bytes: shipped.sent_bytes,
+            resumed: shipped.resumed,
+        }),
+    }
+}
+
+pub(super) fn migrate_request(request: v1::MigrateRequest) -> Result<MigrateRequest, Status> {
+    Ok(MigrateRequest {
+        vm: super::vm_name(&request.vm)?,
+        to: (
+            HostName::new(&request.destination).map_err(invalid)?,
+            request.destination_address,
+        ),
+    })
+}
+
+pub(super) fn migrate_progress(now: Progress, end: Option<Moved>) -> v1::MigrateProgress {
+    v1::MigrateProgress {
+        done_bytes: now.done_bytes,
+        total_bytes: now.total_bytes,
+        phase: match now.phase {
+            Phase::Running => v1::MigratePhase::Running,
+            Phase::Stopping => v1::MigratePhase::Stopping,
+            Phase::Stopped => v1::MigratePhase::Stopped,
+            Phase::Taking => v1::MigratePhase::Taking,
+        }
+        .into(),
+        result: end.map(|moved| v1::MigrateResponse {
+            data_bytes: moved.shipped.data_bytes,
+            sent_bytes: moved.shipped.sent_bytes,
+            resumed: moved.shipped.resumed,
+            stopped_us: moved.stopped.as_micros() as u64,
+            was_there: moved.was_there,
+            trouble: moved.trouble,
+        }),
+    }
+}
+
+/// Where a disk goes; nothing for one that comes.
+pub(super) fn moving(moving: &Move) -> Option<v1::DiskMove> {
+    match moving {
+        Move::Arriving => None,
+        Move::Leaving { to, stage, .. } => Some(v1::DiskMove {
+            to: to.to_string(),
+            asked: *stage == Stage::Asked,
+        }),
+    }
 }
 
 pub(super) fn start_request(request: v1::StartVmRequest) -> Result<StartRequest, Status> {

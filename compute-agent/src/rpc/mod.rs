@@ -18,7 +18,7 @@ use treeboot_types::{ImageRef, Iqn, SnapshotName, VmName};
 
 use crate::host::{Host, HostError, chain};
 use crate::link::LinkError;
-use crate::plane::{DiskPlace, PlaneError, Verb};
+use crate::plane::{DiskPlace, PlaneError};
 use crate::store::StoreError;
 
 /// The service over one host.
@@ -34,7 +34,8 @@ impl Service {
 
     fn disk(&self, vm: &VmName) -> Result<v1::Disk, HostError> {
         let desired = self.host.desired();
-        let state = desired.disks.get(vm).ok_or_else(|| HostError::UnknownVm {
+        let state = desired.disks.get(vm).filter(|disk| !disk.is_arriving());
+        let state = state.ok_or_else(|| HostError::UnknownVm {
             vm: vm.clone(),
             host: self.host.info().name.to_string(),
         })?;
@@ -59,6 +60,7 @@ impl Service {
             read_bytes: stats.read_bytes,
             written_bytes: stats.written_bytes,
             sessions: stats.sessions,
+            moving: state.moving.as_ref().and_then(convert::moving),
         })
     }
 
@@ -111,14 +113,6 @@ impl Service {
         };
         self.may_use(request, &image).await
     }
-
-    fn refused<T>(&self, verb: Verb) -> Result<T, Status> {
-        self.host.can(verb).map_err(status)?;
-        Err(Status::unimplemented(format!(
-            "{} is not in this version",
-            verb.name()
-        )))
-    }
 }
 
 /// Runs a verb to its end even if whoever asked goes away: half a verb is worse than a whole one that nobody waits for.
@@ -167,12 +161,14 @@ fn code(error: &HostError) -> tonic::Code {
         | HostError::NoHypervisor { .. }
         | HostError::NotOnPlane { .. }
         | HostError::DiskInUse { .. }
+        | HostError::Moving { .. }
         | HostError::VmRuns { .. }
         | HostError::Store(StoreError::NoStore { .. } | StoreError::Elsewhere { .. }) => {
             Code::FailedPrecondition
         }
         HostError::Link(LinkError::Unavailable { .. })
         | HostError::NotReadable { .. }
+        | HostError::Undecided { .. }
         | HostError::Stopping { .. }
         | HostError::Store(StoreError::Unreadable { .. }) => Code::Unavailable,
         HostError::Link(LinkError::Refused(status)) => status.code(),
@@ -377,7 +373,8 @@ impl Agent for Service {
     async fn clone(&self, request: Request<v1::CloneRequest>) -> Result<Response<Self::CloneStream>, Status> {
         self.may_use_disk(&request, &request.get_ref().vm).await?;
         let request = convert::clone_request(request.into_inner())?;
-        Ok(Response::new(streams::clone(self.host.begin_clone(request))))
+        let cloning = self.host.begin_clone(request);
+        Ok(Response::new(streams::follow(cloning, convert::clone_progress)))
     }
 
     type ReceiveDiskStream = streams::Answers<v1::DiskAnswer>;
@@ -402,13 +399,42 @@ impl Agent for Service {
         Ok(Response::new(streams::export(exported)))
     }
 
-    async fn migrate(&self, _: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
-        self.refused(Verb::Migrate)
+    type MigrateStream = streams::Answers<v1::MigrateProgress>;
+
+    async fn migrate(
+        &self,
+        request: Request<v1::MigrateRequest>,
+    ) -> Result<Response<Self::MigrateStream>, Status> {
+        self.may_use_disk(&request, &request.get_ref().vm).await?;
+        let request = convert::migrate_request(request.into_inner())?;
+        let moving = self.host.begin_migration(request);
+        Ok(Response::new(streams::follow(moving, convert::migrate_progress)))
+    }
+
+    async fn take_vm(
+        &self,
+        request: Request<v1::TakeVmRequest>,
+    ) -> Result<Response<v1::TakeVmResponse>, Status> {
+        let host = self.host.clone();
+        let trouble = whole(async move { host.take_vm(request.into_inner()).await }).await?;
+        Ok(Response::new(v1::TakeVmResponse { trouble }))
+    }
+
+    async fn settle_vm(
+        &self,
+        request: Request<v1::SettleVmRequest>,
+    ) -> Result<Response<v1::SettleVmResponse>, Status> {
+        let host = self.host.clone();
+        let taken = whole(async move { host.settle_vm(request.into_inner()).await }).await?;
+        Ok(Response::new(v1::SettleVmResponse { taken }))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {
         let desired = self.host.desired();
-        let live = desired.disks.iter().filter(|(_, disk)| !disk.doomed);
+        let live = desired
+            .disks
+            .iter()
+            .filter(|(_, disk)| !disk.doomed && !disk.is_arriving());
         let disks: Result<_, _> = live.map(|(vm, _)| self.disk(vm)).collect();
         let disks = disks.map_err(status)?;
         Ok(Response::new(v1::ListResponse { disks }))

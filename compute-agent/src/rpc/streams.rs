@@ -16,7 +16,7 @@ use treeboot_types::{DEFAULT_CHUNK_BYTES, ImageId, ImageRef, IscsiUrl};
 
 use super::{convert, invalid, status, whole};
 use crate::host::{
-    Begun, Cloning, Exported, Host, HostError, Imported, Progress, Receiving, VmReport, VmRun, chain,
+    Begun, Exported, Host, HostError, Imported, Phase, Progress, Receiving, Underway, VmReport, VmRun, chain,
 };
 use crate::store::{ImportHeader, ImportPart, SentPart};
 
@@ -173,21 +173,20 @@ pub(super) fn flatten(host: &Host, image: ImageId) -> Answers<v1::FlattenProgres
     Box::pin(ReceiverStream::new(stream))
 }
 
-/// A clone's progress, then its end. Whoever goes away cancels it.
-pub(super) fn clone(cloning: Cloning) -> Answers<v1::CloneProgress> {
+/// The progress of a clone or a move as messages, then its end. Whoever goes away cancels it.
+pub(super) fn follow<T, M>(underway: Underway<T>, step: fn(Progress, Option<T>) -> M) -> Answers<M>
+where
+    T: Send + 'static,
+    M: Send + 'static,
+{
     let (answers, stream) = mpsc::channel(ANSWERS);
     tokio::spawn(async move {
-        let Cloning {
+        let Underway {
             mut progress,
             cancel,
             mut end,
-        } = cloning;
-        let step = |now: Progress| v1::CloneProgress {
-            done_bytes: now.done_bytes,
-            total_bytes: now.total_bytes,
-            result: None,
-        };
-        let mut said = 0;
+        } = underway;
+        let (mut said, mut phase) = (0, Phase::default());
         let result = loop {
             tokio::select! {
                 result = &mut end => break result,
@@ -197,23 +196,17 @@ pub(super) fn clone(cloning: Cloning) -> Answers<v1::CloneProgress> {
                 }
                 Ok(()) = progress.changed() => {
                     let now = *progress.borrow_and_update();
-                    if now.done_bytes >= said + PROGRESS_BYTES || now.done_bytes == now.total_bytes {
-                        said = now.done_bytes;
+                    let far = now.done_bytes >= said + PROGRESS_BYTES || now.done_bytes == now.total_bytes;
+                    if far || now.phase != phase {
+                        (said, phase) = (now.done_bytes, now.phase);
                         // A word of progress that nobody reads is lost, no more.
-                        let _ = answers.try_send(Ok(step(now)));
+                        let _ = answers.try_send(Ok(step(now, None)));
                     }
                 }
             }
         };
         let answer = match result {
-            Ok(Ok(shipped)) => Ok(v1::CloneProgress {
-                result: Some(v1::CloneResponse {
-                    data_bytes: shipped.data_bytes,
-                    sent_bytes: shipped.sent_bytes,
-                    resumed: shipped.resumed,
-                }),
-                ..step(*progress.borrow())
-            }),
+            Ok(Ok(ended)) => Ok(step(*progress.borrow(), Some(ended))),
             Ok(Err(error)) => Err(status(error)),
             Err(error) => Err(Status::internal(format!(
                 "a bug ended the call, see the agent's log: {error}"

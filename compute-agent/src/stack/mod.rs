@@ -132,6 +132,8 @@ pub struct Wanted {
     pub devices: BTreeSet<VmName>,
     /// Disks whose deltas are to be deleted. A delta in neither set is nobody's to delete.
     pub doomed_disks: BTreeSet<VmName>,
+    /// Disks that are served to nobody, and whose deltas stay: their VMs are on their way from or to another host.
+    pub resting_disks: BTreeSet<VmName>,
     /// Caches without a base that stay for the next time.
     pub kept_caches: BTreeSet<Digest>,
     /// Stores that are to be deleted. A store in no set stays.
@@ -231,6 +233,11 @@ pub enum LayerChange {
     Release {
         /// The transfer.
         transfer: Option<u64>,
+    },
+    /// Freezes what was written for a transfer, and keeps every layer as it is.
+    HoldAll {
+        /// The transfer, a random number.
+        transfer: u64,
     },
     /// Merges what no snapshot needs any more, and gives what is frozen its checksums.
     Tidy,
@@ -366,7 +373,7 @@ impl Step {
                 LayerChange::Snapshot { .. } => "snapshot",
                 LayerChange::RollBack { .. } => "roll_back",
                 LayerChange::Forget { .. } => "delete_snapshot",
-                LayerChange::Hold { .. } => "hold_layers",
+                LayerChange::Hold { .. } | LayerChange::HoldAll { .. } => "hold_layers",
                 LayerChange::Release { .. } => "release_layers",
                 LayerChange::Tidy => "tidy_layers",
             },

@@ -105,6 +105,7 @@ prop_compose! {
         Wanted {
             devices: disks.keys().filter(|_| device).cloned().collect(),
             standing: BTreeSet::new(),
+            resting_disks: BTreeSet::new(),
             doomed_disks: doomed.into_iter().map(vm).filter(|vm| !disks.contains_key(vm)).collect(),
             doomed_stores: doomed_stores.into_iter().map(digest).filter(|d| !bases.contains_key(d)).collect(),
             kept_caches: kept.into_iter().map(digest).collect(),

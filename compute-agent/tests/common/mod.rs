@@ -7,6 +7,8 @@
     reason = "parts for tests, of which each uses its own"
 )]
 
+pub mod rig;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! A VM's disk as a block device of the host, on the user plane. That it outlives its agent is in `endure`.
 
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -256,6 +257,56 @@ async fn in_use_and_without_holder(cluster: &Cluster) -> Result<()> {
     host.agent().await?.destroy(destroy()).await?;
     device.is_gone().await?;
     Ok(())
+}
+
+#[test]
+fn a_device_in_use_keeps_its_vm_on_its_host_and_moves_with_it_when_it_is_free() -> Result<()> {
+    if !require(&NEEDS) {
+        return Ok(());
+    }
+    let plan = Plan {
+        hosts: 2,
+        ..Plan::default()
+    };
+    with_cluster("device-moves", Machine::Shared, plan, async |cluster| {
+        import(cluster).await?;
+        let (here, there) = (&cluster.hosts[0], &cluster.hosts[1]);
+        let (device, moved) = (Device::new(here, "moves"), Device::new(there, "moves"));
+        here.agent().await?.create(device.request()).await?;
+        let path = device.path();
+        let text = b"written here".repeat(4096);
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .custom_flags(nix::libc::O_EXCL)
+            .open(&path)?;
+        let args = ["migrate", &device.vm, "--to", "h2"];
+        let refused = cluster.treeboot_output(&args).await?;
+        let words = String::from_utf8_lossy(&refused.stderr);
+        ensure!(!refused.status.success() && words.contains("in use"), "{words}");
+        let expected = text.clone();
+        tokio::task::spawn_blocking(move || {
+            file.write_all_at(&expected, 8192)?;
+            file.sync_all()
+        })
+        .await??;
+        let told = cluster.treeboot(&args).await?;
+        ensure!(told.contains("moved") && !told.contains("not all"), "{told}");
+        let (path, bytes) = (moved.path(), text.len());
+        let read = tokio::task::spawn_blocking(move || {
+            let mut read = vec![0; bytes];
+            let file = std::fs::File::open(path)?;
+            file.read_exact_at(&mut read, 8192)?;
+            std::io::Result::Ok(read)
+        });
+        ensure!(read.await?? == text, "the device there holds something else");
+        let destroy = v1::DestroyRequest {
+            vm: moved.vm.clone(),
+            instance_only: false,
+        };
+        there.agent().await?.destroy(destroy).await?;
+        moved.is_gone().await?;
+        device.is_gone().await
+    })
 }
 
 /// A mounted file system.

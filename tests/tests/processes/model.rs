@@ -91,6 +91,10 @@ enum Verb {
         new_vm: String,
         to: usize,
     },
+    Migrate {
+        vm: String,
+        to: usize,
+    },
     Destroy {
         vm: String,
     },
@@ -112,7 +116,7 @@ impl Model {
         let vm = format!("vm-{}", random.below(VMS));
         let snapshot = format!("s{}", random.below(SNAPSHOTS));
         let host = random.below(HOSTS) as usize;
-        match random.below(20) {
+        match random.below(23) {
             0..=1 => Verb::Create {
                 // A name of the other host would be another VM.
                 host: self.host(&vm).unwrap_or(host),
@@ -139,6 +143,7 @@ impl Model {
                 }
             }
             17 => Verb::Destroy { vm },
+            18..=20 => Verb::Migrate { vm, to: host },
             _ => Verb::Kill { host },
         }
     }
@@ -154,6 +159,13 @@ impl Model {
                 Code::Ok
             }
             Verb::Destroy { vm } => unknown(self.0.remove(vm).is_some()),
+            Verb::Migrate { vm, to } => match self.0.get_mut(vm) {
+                None => Code::NotFound,
+                Some((host, _)) => {
+                    *host = *to;
+                    Code::Ok
+                }
+            },
             Verb::Write { vm, blocks, fill } => match self.0.get_mut(vm) {
                 None => Code::NotFound,
                 Some((_, disk)) => {
@@ -287,6 +299,21 @@ impl World<'_> {
                 };
                 code(client.delete_snapshot(request).await)
             }
+            Verb::Migrate { vm, to } => {
+                let to = self.agent(*to)?;
+                let request = v1::MigrateRequest {
+                    vm: vm.clone(),
+                    destination: to.name().into(),
+                    destination_address: to.bound()?.rpc.to_string(),
+                };
+                match client.migrate(request).await {
+                    Err(status) => code::<()>(Err(status)),
+                    Ok(stream) => {
+                        let ended = last(stream.into_inner(), |step| step.result.is_some());
+                        code(ended.await)
+                    }
+                }
+            }
             Verb::Clone {
                 vm,
                 snapshot,
@@ -303,7 +330,10 @@ impl World<'_> {
                 };
                 match AgentClient::clone(&mut client, request).await {
                     Err(status) => code::<()>(Err(status)),
-                    Ok(stream) => code(last(stream.into_inner()).await),
+                    Ok(stream) => {
+                        let ended = last(stream.into_inner(), |step| step.result.is_some());
+                        code(ended.await)
+                    }
                 }
             }
         })
@@ -318,6 +348,7 @@ impl World<'_> {
             | Verb::RollBack { vm, .. }
             | Verb::Delete { vm, .. }
             | Verb::Clone { vm, .. }
+            | Verb::Migrate { vm, .. }
             | Verb::Destroy { vm } => self.model.host(vm).unwrap_or_default(),
         };
         if let Verb::Kill { host } = verb {
@@ -331,7 +362,11 @@ impl World<'_> {
                 () = tokio::time::sleep(moment) => {}
             }
             // Perhaps it was done already, perhaps it never began.
-            self.restart(on).await?;
+            self.restart(match verb {
+                Verb::Migrate { to, .. } if moment.as_micros() % 2 == 0 => *to,
+                _ => on,
+            })
+            .await?;
             killed = true;
         }
         let before = self.model.clone();
@@ -355,7 +390,9 @@ impl World<'_> {
                 .get(vm)
                 .is_some_and(|(_, disk)| disk.snapshots.get(snapshot) == Some(&disk.now)),
             // It was done before the kill.
-            Verb::Destroy { .. } | Verb::Delete { .. } if killed && expected == Code::Ok => {
+            Verb::Destroy { .. } | Verb::Delete { .. } | Verb::Migrate { .. }
+                if killed && expected == Code::Ok =>
+            {
                 matches!(seen, Code::Ok | Code::NotFound)
             }
             Verb::Clone { .. } | Verb::Snapshot { .. } if killed && expected == Code::Ok => {
@@ -450,9 +487,12 @@ impl World<'_> {
     }
 }
 
-async fn last(mut stream: tonic::Streaming<v1::CloneProgress>) -> Result<(), tonic::Status> {
+async fn last<T>(
+    mut stream: tonic::Streaming<T>,
+    has_result: impl Fn(&T) -> bool,
+) -> Result<(), tonic::Status> {
     while let Some(step) = stream.message().await? {
-        if step.result.is_some() {
+        if has_result(&step) {
             return Ok(());
         }
     }

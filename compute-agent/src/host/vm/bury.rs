@@ -12,14 +12,19 @@ use crate::plane::{PlaneError, Scope};
 use crate::stack::Wanted;
 
 impl VmOwner {
-    /// Removes the run directory, and the VM from the journal. Its QEMU has ended.
-    pub(super) async fn forget_run(&mut self) -> Result<(), HostError> {
+    pub(super) fn remove_run_dir(&self) -> Result<(), HostError> {
         let dir = self.run_dir();
         match std::fs::remove_dir_all(&dir) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(PlaneError::io(format!("removing {}", dir.display()), error).into()),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(PlaneError::io(format!("removing {}", dir.display()), error).into())
+            }
+            _ => Ok(()),
         }
+    }
+
+    /// Removes the run directory, and the VM from the journal. Its QEMU has ended.
+    pub(super) async fn forget_run(&mut self) -> Result<(), HostError> {
+        self.remove_run_dir()?;
         let vm = self.vm.clone();
         Ok(self.shared.journal().commit([Change::VmGone { vm }]).await?)
     }

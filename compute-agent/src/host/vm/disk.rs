@@ -3,10 +3,11 @@
 use treeboot_types::ImageId;
 
 use super::VmOwner;
+use crate::apply::ReachError;
 use crate::desired::{Change, DiskState};
 use crate::host::base::{BaseMsg, Hold};
-use crate::host::{HostError, chain, obstacle_of};
-use crate::stack::{Content, WantedDisk};
+use crate::host::{HostError, chain};
+use crate::stack::{Content, Obstacle, WantedDisk};
 
 impl VmOwner {
     /// A disk for the VM, which has none: an empty one, or the one that `transfer` brought.
@@ -17,16 +18,14 @@ impl VmOwner {
         device: bool,
         transfer: Option<u64>,
     ) -> Result<(), HostError> {
+        let wanted = WantedDisk {
+            digest: content.digest,
+            bytes: content.bytes,
+        };
         let disk = DiskState {
-            image: image.clone(),
-            disk: WantedDisk {
-                digest: content.digest,
-                bytes: content.bytes,
-            },
-            doomed: false,
-            instance: rand::random(),
             device,
             transfer,
+            ..DiskState::new(image.clone(), wanted, rand::random())
         };
         let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
             image: image.clone(),
@@ -56,7 +55,11 @@ impl VmOwner {
     }
 
     /// The disk is there; asked for, it becomes a device, too. One that is a device stays one.
-    pub(super) async fn have_device(&mut self, there: DiskState, device: bool) -> Result<(), HostError> {
+    pub(in crate::host) async fn have_device(
+        &mut self,
+        there: DiskState,
+        device: bool,
+    ) -> Result<(), HostError> {
         let new = device && !there.device;
         if new {
             self.note_device(&there, true).await?;
@@ -89,5 +92,13 @@ impl VmOwner {
             return Ok(());
         }
         self.delete_disk(false).await
+    }
+}
+
+/// Whether a failure names this VM's delta, so that asking again is of no use.
+fn obstacle_of(error: &ReachError) -> Option<&Obstacle> {
+    match error {
+        ReachError::Obstacles(obstacles) => obstacles.first(),
+        _ => None,
     }
 }

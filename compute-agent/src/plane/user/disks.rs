@@ -4,16 +4,23 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use treeboot_block::layers::{
-    Arrival, Arrivals, Directory, Frozen, Incoming, LayerReport, Snapshot, discard_incoming,
-    discard_received, sweep_arrivals,
+    Arrival, Arrivals, Directory, Frozen, Incoming, LayerReport, LayerTree, Snapshot, discard_incoming,
+    discard_received, finish_layers, sweep_arrivals,
 };
-use treeboot_block::{BlockDevice, DiskFiles, LayerError, LayeredDisk};
+use treeboot_block::{BlockDevice, DeltaMeta, DiskFiles, LayerError, LayeredDisk};
 use treeboot_types::VmName;
 
 use super::files::blocking;
-use super::{UserPlane, delta_error, failed, meta, missing};
-use crate::plane::PlaneError;
+use super::{UserPlane, delta_error, failed, missing};
+use crate::plane::{LayerBlocks, PlaneError};
 use crate::stack::{LayerChange, Step, WantedDisk};
+
+pub(super) fn meta(disk: WantedDisk) -> DeltaMeta {
+    DeltaMeta {
+        digest: disk.digest,
+        bytes: disk.bytes,
+    }
+}
 
 pub(super) fn layer_error(vm: &VmName, error: LayerError) -> PlaneError {
     match error {
@@ -44,6 +51,12 @@ impl UserPlane {
         state.disks.get(vm).map(|open| Arc::clone(&open.layers))
     }
 
+    pub(super) fn layers_of(&self, vm: &VmName) -> Result<Arc<LayeredDisk>, PlaneError> {
+        self.served(vm).ok_or_else(|| PlaneError::Missing {
+            what: format!("the disk of VM '{vm}'"),
+        })
+    }
+
     pub(super) async fn change_layers(
         &self,
         step: &Step,
@@ -68,6 +81,7 @@ impl UserPlane {
                 Some(snapshot) => disk.hold_snapshot(snapshot, *transfer).await.map(drop),
                 None => disk.hold(*transfer).await.map(drop),
             },
+            LayerChange::HoldAll { transfer } => disk.hold_all(*transfer).await,
             LayerChange::Release { transfer } => disk.release(*transfer).await,
             LayerChange::Tidy => loop {
                 match disk.tidy().await {
@@ -98,11 +112,26 @@ impl UserPlane {
         .await
     }
 
+    pub(super) async fn finish_arrival(
+        &self,
+        arrival: &Arrival,
+        tree: &LayerTree,
+        blocks: &LayerBlocks,
+    ) -> Result<(), PlaneError> {
+        let (deltas, boot) = (self.settings.deltas.clone(), self.boot);
+        let (arrival, tree, blocks) = (arrival.clone(), tree.clone(), blocks.clone());
+        blocking(move || {
+            let finished = finish_layers(&deltas, &arrival, &tree, &blocks, boot);
+            finished.map_err(|error| delta_error(&arrival.vm, error))
+        })
+        .await
+    }
+
     pub(super) async fn discard_arrival(&self, vm: &VmName, transfer: Option<u64>) -> Result<(), PlaneError> {
-        let (deltas, boot, vm) = (self.settings.deltas.clone(), self.boot, vm.clone());
+        let (deltas, vm) = (self.settings.deltas.clone(), vm.clone());
         blocking(move || {
             let discarded = match transfer {
-                Some(transfer) => discard_incoming(&deltas, &vm, transfer, boot),
+                Some(transfer) => discard_incoming(&deltas, &vm, transfer),
                 None => discard_received(&deltas, &vm),
             };
             discarded.map_err(|error| delta_error(&vm, error))
@@ -113,7 +142,7 @@ impl UserPlane {
     pub(super) async fn find_arrivals(
         &self,
         owned: BTreeSet<VmName>,
-    ) -> Result<Vec<(VmName, u64)>, PlaneError> {
+    ) -> Result<BTreeSet<(VmName, u64)>, PlaneError> {
         let (deltas, boot) = (self.settings.deltas.clone(), self.boot);
         let swept = blocking(move || {
             let swept = sweep_arrivals(&deltas, boot, |vm| owned.contains(vm));
@@ -131,9 +160,7 @@ impl UserPlane {
         vm: &VmName,
         check: bool,
     ) -> Result<Vec<LayerReport>, PlaneError> {
-        let disk = self.served(vm).ok_or_else(|| PlaneError::Missing {
-            what: format!("the disk of VM '{vm}'"),
-        })?;
+        let disk = self.layers_of(vm)?;
         disk.report(check).await.map_err(|error| layer_error(vm, error))
     }
 }

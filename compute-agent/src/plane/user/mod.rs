@@ -23,18 +23,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use treeboot_block::layers::{self, Arrival, Directory, Frozen, Incoming, LayerReport};
+use treeboot_block::layers::{self, Arrival, Directory, Frozen, Incoming, LayerReport, LayerTree};
 use treeboot_block::{
-    BlockDevice, BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError, DeltaMeta,
+    BlockDevice, BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError,
     ImageContent, LayeredDisk, Reader,
 };
 use treeboot_iscsi::target::{BindError, LunSpec, Server, ServerConfig, TargetSpec};
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
 
-use super::{Abilities, BaseStats, DiskStats, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind, Scope};
+use super::{
+    Abilities, BaseStats, DiskStats, LayerBlocks, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
+    Scope,
+};
 use crate::keys::Keys;
 use crate::stack::{Backing, Content, Found, FoundExport, Sources, Step, Violation, WantedDisk};
 use device::Devices;
+use disks::meta;
 use files::{blocking, gone, open_cache, remove_dir};
 use source::StripedSource;
 #[cfg(feature = "kernel-plane")]
@@ -443,13 +447,6 @@ impl UserPlane {
     }
 }
 
-fn meta(disk: WantedDisk) -> DeltaMeta {
-    DeltaMeta {
-        digest: disk.digest,
-        bytes: disk.bytes,
-    }
-}
-
 pub(crate) fn delta_error(vm: &VmName, error: DeltaError) -> PlaneError {
     let what = format!("the delta of VM '{vm}'");
     match error {
@@ -533,11 +530,24 @@ impl Plane for UserPlane {
         Box::pin(self.begin_receiving(arrival))
     }
 
+    fn layered(&self, vm: &VmName) -> Result<Arc<LayeredDisk>, PlaneError> {
+        self.layers_of(vm)
+    }
+
+    fn finish<'a>(
+        &'a self,
+        arrival: &'a Arrival,
+        tree: &'a LayerTree,
+        blocks: &'a LayerBlocks,
+    ) -> PlaneFuture<'a, ()> {
+        Box::pin(self.finish_arrival(arrival, tree, blocks))
+    }
+
     fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
         Box::pin(self.discard_arrival(vm, transfer))
     }
 
-    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, Vec<(VmName, u64)>> {
+    fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, BTreeSet<(VmName, u64)>> {
         Box::pin(self.find_arrivals(owned))
     }
 
@@ -565,12 +575,7 @@ impl Plane for UserPlane {
     }
 
     fn take_faults(&self) -> Vec<ParentFault> {
-        let sources: Vec<_> = self.state.lock().paths.values().cloned().collect();
-        let now = tokio::time::Instant::now();
-        sources
-            .iter()
-            .flat_map(|source| source.take_faults(now))
-            .collect()
+        self.faults_of_parents()
     }
 
     fn portal(&self) -> String {

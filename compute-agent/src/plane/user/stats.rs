@@ -3,9 +3,18 @@
 use treeboot_types::{Digest, Iqn, VmName};
 
 use super::UserPlane;
-use crate::plane::{BaseStats, DiskStats};
+use crate::plane::{BaseStats, DiskStats, ParentFault};
 
 impl UserPlane {
+    pub(super) fn faults_of_parents(&self) -> Vec<ParentFault> {
+        let sources: Vec<_> = self.state.lock().paths.values().cloned().collect();
+        let now = tokio::time::Instant::now();
+        sources
+            .iter()
+            .flat_map(|source| source.take_faults(now))
+            .collect()
+    }
+
     pub(super) fn count_base(&self, digest: &Digest) -> Option<BaseStats> {
         let (base, source, images, past) = {
             let state = self.state.lock();

@@ -1,0 +1,112 @@
+//! A VM's disk, and how far it is on its way from one host to another, as the journal keeps it.
+
+use serde::{Deserialize, Serialize};
+use treeboot_hypervisor::{Readiness, Seed};
+use treeboot_types::{HostName, ImageId};
+
+use crate::stack::WantedDisk;
+
+/// How a disk stands that is on its way from one host to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "move")]
+pub enum Move {
+    /// It comes: all of it is here, and it is its VM's once this is journalled away. Until then it is served to nobody.
+    Arriving,
+    /// It goes.
+    Leaving {
+        /// The transfer, a random number.
+        transfer: u64,
+        /// Where it goes.
+        to: HostName,
+        /// `host:port` of that host's agent.
+        address: String,
+        /// How far it is.
+        stage: Stage,
+    },
+}
+
+/// How far a VM is that goes to another host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Its run ends; the disk is still served.
+    Stopping,
+    /// Its disk is served no more. It is still this host's VM.
+    Fenced,
+    /// The other host was asked to take it. Whose it is that host alone knows, until it says so.
+    Asked,
+}
+
+/// How a VM is run: what its next start needs, where nobody gives it anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunSpec {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub cpus: u32,
+    /// How readiness is seen.
+    pub ready: Readiness,
+    /// What a first boot learns.
+    pub seed: Seed,
+}
+
+/// A VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskState {
+    /// The image it was made of.
+    pub image: ImageId,
+    /// Base and size.
+    pub disk: WantedDisk,
+    /// It is being destroyed: its name is free once its delta is gone.
+    pub doomed: bool,
+    /// Random: who the VM is for as long as its disk lives.
+    pub instance: [u8; 16],
+    /// It is a block device of the host, too.
+    #[serde(default)]
+    pub device: bool,
+    /// The transfer that it came by, where it came from another VM: the same one is not taken twice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<u64>,
+    /// It is on its way from or to another host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moving: Option<Move>,
+    /// Its VM is to be started as soon as it is served: it ran before it moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Box<RunSpec>>,
+}
+
+impl DiskState {
+    /// A disk that is served by the portal alone.
+    pub fn new(image: ImageId, disk: WantedDisk, instance: [u8; 16]) -> Self {
+        Self {
+            image,
+            disk,
+            doomed: false,
+            instance,
+            device: false,
+            transfer: None,
+            moving: None,
+            start: None,
+        }
+    }
+
+    /// Front ends are let in.
+    pub fn is_served(&self) -> bool {
+        let moving = self.moving.as_ref();
+        !self.doomed
+            && moving.is_none_or(|moving| {
+                matches!(
+                    moving,
+                    Move::Leaving {
+                        stage: Stage::Stopping,
+                        ..
+                    }
+                )
+            })
+    }
+
+    /// It comes, and is not a VM's yet.
+    pub fn is_arriving(&self) -> bool {
+        self.moving == Some(Move::Arriving)
+    }
+}
