@@ -117,7 +117,14 @@ fn render(described: &Described) -> String {
             parent.portal
         );
     }
-    text += &format!("  writes     {} in use\n", output::bytes(vm.delta_bytes));
+    let limit = vm.limit_bytes.map_or_else(String::new, |limit| {
+        let (data, limit) = (output::bytes(vm.data_bytes), output::bytes(limit));
+        match vm.limit_level {
+            Some("enough") | None => format!("; {data} of blocks, of {limit} that it may write"),
+            Some(level) => format!("; {data} of blocks, of {limit} that it may write: {level}"),
+        }
+    });
+    text += &format!("  writes     {} in use{limit}\n", output::bytes(vm.delta_bytes));
     if !described.layers.is_empty() {
         text += "layers, the oldest first\n";
         for line in snapshot::table(&described.layers).lines() {

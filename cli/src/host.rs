@@ -11,6 +11,7 @@ use crate::client::{Coordinator, Options};
 use crate::failure::Failure;
 use crate::output::{self, Align, JsonFlag, Table};
 use crate::tree::id_words;
+use crate::vm::limit_level;
 
 /// Verbs on hosts.
 #[derive(Debug, clap::Subcommand)]
@@ -79,6 +80,7 @@ struct StatusJson {
     uptime_ms: u64,
     cache_used_bytes: u64,
     room: Option<RoomJson>,
+    near_limit: Vec<NearLimitJson>,
     bases: Vec<BaseJson>,
     store: Vec<StoredJson>,
 }
@@ -102,6 +104,27 @@ impl From<v1::Room> for RoomJson {
                 v1::RoomLevel::Full => "full",
                 v1::RoomLevel::Enough | v1::RoomLevel::Unspecified => "enough",
             },
+        }
+    }
+}
+
+/// A VM that wrote most of what it may.
+#[derive(Debug, Serialize)]
+struct NearLimitJson {
+    vm: String,
+    data_bytes: u64,
+    limit_bytes: u64,
+    /// high (from 80 % on) or critical (from 95 % on).
+    level: Option<&'static str>,
+}
+
+impl From<v1::NearLimit> for NearLimitJson {
+    fn from(near: v1::NearLimit) -> Self {
+        Self {
+            level: limit_level(near.level()),
+            vm: near.vm,
+            data_bytes: near.data_bytes,
+            limit_bytes: near.limit_bytes,
         }
     }
 }
@@ -237,6 +260,7 @@ async fn show(options: &Options, name: &HostName, json: JsonFlag) -> Result<(), 
         uptime_ms: status.uptime_ms,
         cache_used_bytes: status.cache_used_bytes,
         room: status.room.map(RoomJson::from),
+        near_limit: status.near_limit.into_iter().map(NearLimitJson::from).collect(),
         bases: status.bases.into_iter().map(BaseJson::from).collect(),
         store: status.store.iter().map(StoredJson::from).collect(),
     };
@@ -333,6 +357,14 @@ fn render_status(status: &StatusJson) -> String {
             ),
             _ => format!("room for VMs' writes: {free} of {size} free\n"),
         };
+    }
+    for near in &status.near_limit {
+        text += &format!(
+            "NEAR ITS LIMIT: VM '{}' has written {} of {}; raise it with 'treeboot vm limit', or have it discard what it needs no more\n",
+            output::printable(&near.vm),
+            output::bytes(near.data_bytes),
+            output::bytes(near.limit_bytes),
+        );
     }
     if !status.store.is_empty() {
         text += "\nSTORE\n";

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use treeboot_types::HostName;
 
 use crate::keys::Keys;
-use crate::plane::Plane;
 use crate::plane::user::{UserPlane, UserSettings};
+use crate::plane::{Plane, PlaneKind, Verb};
 
 /// Sizes a person may write: bytes, or with K, M, G or T (powers of 1024).
 fn size(text: &str) -> Result<u64, String> {
@@ -62,6 +62,10 @@ pub struct PlaneOptions {
     /// giving it, sparse, all the room that it can come to need.
     #[arg(long, env = "TREEBOOT_DELTA_STEP", value_name = "SIZE", value_parser = size)]
     pub delta_step: Option<u64>,
+    /// The most that a VM may write, counted in blocks that it wrote and did not discard, where its disk is given no limit of its own, for
+    /// instance 20G. User plane only. [default: none]
+    #[arg(long, env = "TREEBOOT_DELTA_LIMIT", value_name = "SIZE", value_parser = size)]
+    pub delta_limit: Option<u64>,
     /// Kernel plane: what caches.
     #[arg(long, env = "TREEBOOT_CACHE_KIND", value_enum, default_value_t = CacheKind::Bcache)]
     pub cache_kind: CacheKind,
@@ -91,6 +95,7 @@ impl Default for PlaneOptions {
         Self {
             plane: PlaneName::User,
             delta_step: None,
+            delta_limit: None,
             queue_limit: 60,
             cache_kind: CacheKind::Bcache,
             cache_devices: Vec::new(),
@@ -122,6 +127,9 @@ pub enum PlaneOpenError {
     #[cfg(feature = "kernel-plane")]
     #[error("the kernel plane does not start")]
     Kernel(#[from] crate::plane::kernel::OpenError),
+    /// The kernel plane has no limits.
+    #[error("the kernel plane has no --delta-limit: {0}")]
+    NoLimit(&'static str),
     /// The binary has no kernel plane.
     #[cfg(not(feature = "kernel-plane"))]
     #[error(
@@ -143,6 +151,13 @@ impl PlaneOptions {
 
 /// Starts the chosen plane.
 pub(crate) fn open(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, PlaneOpenError> {
+    if let (PlaneName::Kernel, Some(_), Some(why)) = (
+        options.plane,
+        options.delta_limit,
+        Verb::Limit.refusal(PlaneKind::Kernel),
+    ) {
+        return Err(PlaneOpenError::NoLimit(why));
+    }
     match options.plane {
         PlaneName::User => Ok(Arc::new(UserPlane::open(UserSettings {
             host: places.host,

@@ -310,6 +310,7 @@ impl Daemon {
             agent_address: advertised(options.advertise.as_deref(), address),
             labels: options.labels.iter().cloned().collect::<Labels>(),
             weight: options.weight,
+            delta_limit: options.plane.delta_limit,
         };
         let (host, refused) = Host::start(settings, plane, journal).await?;
         let (stop, stopped) = watch::channel(false);

@@ -336,6 +336,9 @@ impl Desired {
             Some(state) => {
                 wanted.standing.insert(state.disk.digest);
                 wanted.devices.extend(state.device.then(|| vm.clone()));
+                wanted
+                    .limits
+                    .extend(state.limit_bytes.map(|bytes| (vm.clone(), bytes)));
                 wanted.disks.insert(vm.clone(), state.disk);
             }
             None => {}
@@ -352,7 +355,11 @@ impl Desired {
         let (doomed, live): (Vec<_>, Vec<_>) = self.disks.iter().partition(|(_, disk)| disk.doomed);
         let (live, resting): (Vec<_>, Vec<_>) = live.into_iter().partition(|(_, disk)| disk.is_served());
         let devices = live.iter().filter(|(_, state)| state.device);
+        let limits = live
+            .iter()
+            .filter_map(|(vm, state)| Some(((*vm).clone(), state.limit_bytes?)));
         Wanted {
+            limits: limits.collect(),
             devices: devices.map(|(vm, _)| (*vm).clone()).collect(),
             bases: bases.collect(),
             standing: BTreeSet::new(),

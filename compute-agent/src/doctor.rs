@@ -15,6 +15,8 @@ pub enum Condition {
     Used,
     /// There, and kept for the next time.
     Kept,
+    /// There, and wanted, and nearly as full as it may be; a person should see to it.
+    Filling,
     /// There, and nobody claims it; mending removes it when that has been so for a while.
     Orphaned,
     /// There, and nobody knows whether it is claimed; a person must see to it.
@@ -38,6 +40,7 @@ impl Condition {
         match self {
             Self::Used => "used",
             Self::Kept => "kept",
+            Self::Filling => "filling",
             Self::Orphaned => "orphaned",
             Self::Unknown => "unknown",
             Self::HalfBuilt => "half-built",

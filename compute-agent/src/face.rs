@@ -18,6 +18,7 @@ const ROUTES: &[Route] = &[
     Route::new(Method::Delete, "/v1/disks/{vm}", "Agent/Destroy").with(&[("keep_base", "instance_only")]),
     Route::new(Method::Get, "/v1/disks/{vm}", "Agent/Describe"),
     Route::new(Method::Post, "/v1/disks/{vm}/check", "Agent/CheckDelta"),
+    Route::new(Method::Put, "/v1/disks/{vm}/limit", "Agent/LimitDisk"),
     Route::new(Method::Get, "/v1/disks/{vm}/snapshots", "Agent/ListSnapshots"),
     Route::new(
         Method::Put,
@@ -284,6 +285,7 @@ fn of_vms(host: &Host, vms: &[VmReport]) -> Vec<Family> {
         };
         *states.entry(state).or_default() += 1;
     }
+    let limited = host.limited();
     let is_paused = |vm: &&VmReport| vm.running.as_ref().is_some_and(|running| running.is_paused());
     let errors = |vm: &VmReport| vm.stats.failed_reads + vm.stats.failed_writes + vm.stats.failed_flushes;
     vec![
@@ -298,6 +300,20 @@ fn of_vms(host: &Host, vms: &[VmReport]) -> Vec<Family> {
             "treeboot_agent_disks",
             "VMs' disks on this host.",
             host.desired().disks.len() as f64,
+        ),
+        Family::gauges(
+            "treeboot_agent_disk_limit_bytes",
+            "The most that a VM may have written, of those that have a limit.",
+            limited
+                .iter()
+                .map(|it| (vec![("vm", it.vm.to_string())], it.limit_bytes as f64)),
+        ),
+        Family::gauges(
+            "treeboot_agent_disk_data_bytes",
+            "What it has written and not discarded, of those that have a limit.",
+            limited
+                .iter()
+                .map(|it| (vec![("vm", it.vm.to_string())], it.data_bytes as f64)),
         ),
         Family::gauge(
             "treeboot_agent_vms_paused",

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::*;
 use tokio_util::sync::CancellationToken;
-use treeboot_agent::host::{Host, HostError, Settings};
+use treeboot_agent::host::{DiskOptions, Host, HostError, Settings};
 use treeboot_agent::journal::Journal;
 use treeboot_agent::plane::Plane;
 use treeboot_agent::plane::faulty::{FaultMode, FaultyPlane};
@@ -70,6 +70,7 @@ async fn rig(at: usize) -> Rig {
         agent_address: "127.0.0.1:1".into(),
         labels: Labels::new(),
         weight: 1,
+        delta_limit: None,
     };
     let journal = Journal::open(dir.path()).unwrap().0;
     let (host, _refused) = Host::start(settings, Arc::new(plane), journal).await.unwrap();
@@ -202,13 +203,21 @@ async fn one_call_makes_many_disks_and_says_of_each_what_it_lacks() {
     let rig = rig(usize::MAX).await;
     let other = rig
         .host
-        .create_many(vec![vm("vm-0")], &"nobody".parse().unwrap(), false)
+        .create_many(
+            vec![vm("vm-0")],
+            &"nobody".parse().unwrap(),
+            DiskOptions::default(),
+        )
         .await;
     assert!(other.is_err(), "nobody knows the image, so nothing was begun");
     let names: Vec<_> = (0..300).map(|n| vm(&format!("vm-{n}"))).collect();
     let results = rig
         .host
-        .create_many(names.clone(), &"debian@1".parse().unwrap(), false)
+        .create_many(
+            names.clone(),
+            &"debian@1".parse().unwrap(),
+            DiskOptions::default(),
+        )
         .await
         .unwrap();
     assert!(results.iter().all(Result::is_ok), "{results:?}");
@@ -221,7 +230,7 @@ async fn one_call_makes_many_disks_and_says_of_each_what_it_lacks() {
     rig.host.destroy(&names[7], false).await.unwrap();
     let results = rig
         .host
-        .create_many(names.clone(), &"debian".parse().unwrap(), false)
+        .create_many(names.clone(), &"debian".parse().unwrap(), DiskOptions::default())
         .await
         .unwrap();
     assert!(results.iter().all(Result::is_ok), "{results:?}");
@@ -235,14 +244,22 @@ async fn many_disks_whose_base_fails_at_any_step_leave_nothing_and_a_retry_makes
     let names: Vec<_> = (0..8).map(|n| vm(&format!("vm-{n}"))).collect();
     for at in 0..19 {
         let rig = rig(at).await;
-        let results = rig.host.create_many(names.clone(), &image, false).await.unwrap();
+        let results = rig
+            .host
+            .create_many(names.clone(), &image, DiskOptions::default())
+            .await
+            .unwrap();
         let missing = results.iter().filter(|result| result.is_err()).count();
         assert!(missing > 0, "step {at} was not reached");
         until("what failed is not desired any more", || {
             rig.host.desired().disks.len() == names.len() - missing
         })
         .await;
-        let results = rig.host.create_many(names.clone(), &image, false).await.unwrap();
+        let results = rig
+            .host
+            .create_many(names.clone(), &image, DiskOptions::default())
+            .await
+            .unwrap();
         assert!(results.iter().all(Result::is_ok), "at {at}: {results:?}");
         for name in &names {
             rig.model.write_disk(name, 0, &[1; 4096]).unwrap();

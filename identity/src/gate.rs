@@ -51,6 +51,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/CreateMany", Need::Person(Role::Operator)),
     ("Agent/GetDiskSecret", Need::Person(Role::Operator)),
     ("Agent/Destroy", Need::Person(Role::Operator)),
+    ("Agent/LimitDisk", Need::Person(Role::Operator)),
     ("Agent/Snapshot", Need::Person(Role::Operator)),
     ("Agent/ListSnapshots", Need::Person(Role::Viewer)),
     ("Agent/RollBack", Need::Person(Role::Operator)),

@@ -36,6 +36,7 @@ pub async fn log_in(agent: &Daemon, image: &str, vm: &str) -> Result<(Session, u
         vm: vm.to_owned(),
         image: Some(newest(image)),
         device: false,
+        limit_bytes: None,
     };
     let answer = agent.agent().await?.create(request).await?;
     log_in_to(answer.into_inner(), vm).await

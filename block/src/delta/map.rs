@@ -41,6 +41,11 @@ impl State {
     }
 }
 
+/// How many blocks of data a word of a map has: of the states data alone has the lower bit.
+pub(super) fn data_blocks_of(word: u64) -> u64 {
+    u64::from((word & 0x5555_5555_5555_5555).count_ones())
+}
+
 type Page = Box<[AtomicU64]>;
 
 /// Two bits a block. Read without a lock; written by whoever holds the delta's writer lock. Pages without a written

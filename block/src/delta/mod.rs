@@ -15,6 +15,7 @@
 //! still be written.
 
 mod format;
+mod limit;
 mod map;
 mod seal;
 mod writer;
@@ -209,6 +210,7 @@ pub(crate) struct Core {
     flushes_done: AtomicU64,
     /// Whether each block of data has a checksum in the file. On a frozen layer only.
     sealed: AtomicBool,
+    limit: limit::Limit,
 }
 
 impl Delta {
@@ -271,6 +273,8 @@ impl Delta {
         let layout = Layout::new(meta.bytes);
         let (map, writer) = Found::look(&*storage, path, &meta, boot, &layout)?;
         let sealed = seal::look(&*storage, path, &layout, &map)?;
+        let data = map.used_words().map(|index| map::data_blocks_of(map.word(index)));
+        let limit = limit::Limit::new(data.sum());
         Ok(Self {
             core: Arc::new(Core {
                 storage,
@@ -286,6 +290,7 @@ impl Delta {
                 flushes_wanted: AtomicU64::new(0),
                 flushes_done: AtomicU64::new(0),
                 sealed: AtomicBool::new(sealed),
+                limit,
             }),
         })
     }

@@ -99,11 +99,14 @@ impl Core {
         let mut writer = self.writer.lock();
         writer.refuse_frozen()?;
         let fail = |error| write_error(error, write.offset, write.bytes);
-        self.begin(&mut writer).map_err(fail)?;
         let first = write.offset / BLOCK;
         let end_byte = write.offset + write.bytes;
         let end = end_byte.div_ceil(BLOCK);
         let start_byte = first * BLOCK;
+        if !self.may_have(&self.map.changes(first, end, State::Data)) {
+            return Err(fail(io::ErrorKind::StorageFull.into()));
+        }
+        self.begin(&mut writer).map_err(fail)?;
         // Around the written bytes: a block of data keeps what it has, a zero block gets zeroes, the base's is copied.
         let (mut from, mut to) = (start_byte, end * BLOCK);
         match self.map.get(first) {
@@ -205,6 +208,7 @@ impl Core {
             let _best_effort = self.write_words(self.layout.volatile_offset, &old);
             return Err(error);
         }
+        self.count(&changes);
         for (index, word) in changes {
             self.map.set_word(index, word);
             writer.dirty.insert(index);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::RwLock;
@@ -99,6 +99,10 @@ impl Now {
     fn core(&self, id: LayerId) -> Option<Arc<Core>> {
         self.open.get(&id).map(|delta| Arc::clone(delta.core()))
     }
+
+    fn data_bytes(&self) -> u64 {
+        self.open.values().map(|delta| delta.core().data_bytes()).sum()
+    }
 }
 
 /// A disk whose layers can change while it is in use.
@@ -116,6 +120,8 @@ struct Shared {
     files: DiskFiles,
     base: Arc<dyn BlockDevice>,
     now: RwLock<Arc<Now>>,
+    /// The most bytes of blocks of data that all layers together may have; `u64::MAX`: as many as there is room for.
+    most: AtomicU64,
 }
 
 async fn blocking<T: Send + 'static>(
@@ -148,8 +154,22 @@ impl Shared {
     /// From now on the layers are `tree`, of which `open` are open.
     fn switch(&self, tree: LayerTree, open: BTreeMap<LayerId, Delta>) -> Result<(), LayerError> {
         let now = Arc::new(Now::new(&self.base, tree, open)?);
-        *self.now.write() = now;
+        let mut place = self.now.write();
+        self.limit(&now);
+        *place = now;
         Ok(())
+    }
+
+    /// The live layer may have what the others leave. Called while nobody else changes what the layers are.
+    fn limit(&self, now: &Now) {
+        let most = self.most.load(Ordering::Relaxed);
+        if let Some(live) = now.core(now.tree.live()) {
+            let others = now.data_bytes().saturating_sub(live.data_bytes());
+            live.set_most(match most {
+                u64::MAX => u64::MAX,
+                most => most.saturating_sub(others),
+            });
+        }
     }
 
     /// The tree changes and its layers do not.
@@ -322,6 +342,7 @@ impl LayeredDisk {
                 files,
                 base,
                 now,
+                most: AtomicU64::new(u64::MAX),
             }),
             gate: Arc::default(),
             changing: tokio::sync::Mutex::default(),
@@ -340,6 +361,21 @@ impl LayeredDisk {
     pub fn allocated_bytes(&self) -> io::Result<u64> {
         let now = self.shared.now();
         now.open.values().map(Delta::allocated_bytes).sum()
+    }
+
+    /// Bytes of the blocks that were written and not discarded, in all layers: what [`set_limit`](Self::set_limit) limits.
+    pub fn data_bytes(&self) -> u64 {
+        self.shared.now().data_bytes()
+    }
+
+    /// Writes that would make more bytes of written blocks than these find no room ([`BlockError::NoSpace`]) from now on; those that
+    /// change a block that is there are taken however many there are. `None`: as many as there is room for.
+    pub fn set_limit(&self, bytes: Option<u64>) {
+        let now = self.shared.now.write();
+        self.shared
+            .most
+            .store(bytes.unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.shared.limit(&now);
     }
 
     /// Its layers, how large they are, and with `check` what is wrong with them: reads all of them then.

@@ -420,3 +420,55 @@ async fn read_all_is(disk: &LayeredDisk) -> bool {
     let all = read_device(disk).await;
     all[..4096] == pattern(5).repeat(8) && all[4096..4608] == base_sector(8)
 }
+
+#[test]
+fn a_limit_counts_written_blocks_of_all_layers_and_gives_back_what_was_discarded() {
+    const BLOCK: u64 = 4096;
+    block_on(async {
+        let folder = folder();
+        let disk = open(&folder, BOOT);
+        let full = |written: Result<(), BlockError>| matches!(written, Err(BlockError::NoSpace { .. }));
+        let write = async |block: u64, blocks: u64| {
+            let data = vec![7; (blocks * BLOCK) as usize];
+            disk.write(block * BLOCK, &data).await
+        };
+        disk.set_limit(Some(4 * BLOCK));
+        write(0, 3).await.unwrap();
+        assert!(
+            full(write(8, 2).await),
+            "two more are one too many, and none of them is taken"
+        );
+        assert_eq!(disk.data_bytes(), 3 * BLOCK);
+        write(8, 1).await.unwrap();
+        assert!(
+            full(disk.write(9 * BLOCK + 512, &[1; 512]).await),
+            "a part of a block is a block"
+        );
+        write(0, 3).await.unwrap();
+        // A snapshot's blocks count, and so does what is written over them.
+        disk.snapshot(snapshot("a")).await.unwrap();
+        assert!(full(write(0, 1).await));
+        disk.set_limit(Some(6 * BLOCK));
+        write(0, 2).await.unwrap();
+        assert!(full(write(2, 1).await));
+        // Given back: blocks of the live layer at once, those of a snapshot with it.
+        disk.discard(BLOCK, BLOCK).await.unwrap();
+        write(20, 1).await.unwrap();
+        assert!(full(write(21, 1).await));
+        disk.forget(&name("a")).await.unwrap();
+        tidy_all(&disk).await;
+        assert_eq!(disk.data_bytes(), 4 * BLOCK, "blocks 0, 2, 8 and 20");
+        write(30, 2).await.unwrap();
+        assert!(full(write(36, 1).await));
+        disk.flush().await.unwrap();
+        drop(disk);
+        // What is there is counted anew where it is opened; below what is there nothing new is taken, and all else is.
+        let disk = open(&folder, BOOT);
+        assert_eq!(disk.data_bytes(), 6 * BLOCK);
+        disk.set_limit(Some(BLOCK));
+        assert!(full(disk.write(37 * BLOCK, &[1; 4096]).await));
+        disk.write(0, &[1; 4096]).await.unwrap();
+        disk.set_limit(None);
+        disk.write(37 * BLOCK, &[1; 4096]).await.unwrap();
+    });
+}

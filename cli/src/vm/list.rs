@@ -40,6 +40,12 @@ pub(crate) struct VmJson {
     /// Size of the disk.
     pub(crate) bytes: u64,
     pub(crate) delta_bytes: u64,
+    /// Of blocks that the VM wrote and did not discard: what a limit counts.
+    pub(crate) data_bytes: u64,
+    /// The most that these may be; `null`: no limit.
+    pub(crate) limit_bytes: Option<u64>,
+    /// How near they are: enough, high (from 80 % on) or critical (from 95 % on).
+    pub(crate) limit_level: Option<&'static str>,
     pub(crate) sessions: u32,
     pub(crate) read_bytes: u64,
     pub(crate) written_bytes: u64,
@@ -71,6 +77,7 @@ impl VmJson {
             ),
             None => (None, None),
         };
+        let limit_level = disk.as_ref().and_then(|disk| limit_level(disk.limit_level()));
         // Bytes are QEMU's own where it runs, and else what the disk's target counted.
         let has_vm = vm.is_some();
         let (vm, disk) = (vm.unwrap_or_default(), disk.unwrap_or_default());
@@ -98,6 +105,9 @@ impl VmJson {
             device: text(disk.device),
             bytes: disk.bytes,
             delta_bytes: disk.delta_bytes,
+            data_bytes: disk.data_bytes,
+            limit_bytes: (disk.limit_bytes > 0).then_some(disk.limit_bytes),
+            limit_level,
             sessions: disk.sessions,
             read_bytes: if has_vm { vm.read_bytes } else { disk.read_bytes },
             written_bytes: if has_vm {
@@ -115,6 +125,16 @@ impl VmJson {
 
 fn undecided(to: &str) -> String {
     format!("host '{to}' has not said yet whether it took it; until it does the VM runs nowhere")
+}
+
+/// A word for how near a limit is; `None` where there is none.
+pub(crate) fn limit_level(level: v1::LimitLevel) -> Option<&'static str> {
+    match level {
+        v1::LimitLevel::Unspecified => None,
+        v1::LimitLevel::Enough => Some("enough"),
+        v1::LimitLevel::High => Some("high"),
+        v1::LimitLevel::Critical => Some("critical"),
+    }
 }
 
 fn state(vm: &v1::Vm) -> &'static str {

@@ -3,7 +3,7 @@
 use treeboot_proto::v1;
 use treeboot_types::{HostName, ImageRef, VmName};
 
-use super::{VmJson, agent_for_new};
+use super::{DiskWish, VmJson, agent_for_new};
 use crate::client::{Coordinator, Options};
 use crate::failure::{Exit, Failure};
 use crate::output::{self, JsonFlag};
@@ -13,7 +13,7 @@ pub(super) async fn create(
     name: &VmName,
     count: u32,
     image: &ImageRef,
-    device: bool,
+    wish: DiskWish,
     host: Option<HostName>,
     json: JsonFlag,
 ) -> Result<(), Failure> {
@@ -28,7 +28,12 @@ pub(super) async fn create(
     let image = coordinator.image(image).await?.id;
     let agent = agent_for_new(&coordinator, options, host).await?;
     let doing = format!("create {count} VMs on host '{}'", agent.host);
-    let request = v1::CreateManyRequest { vms, image, device };
+    let request = v1::CreateManyRequest {
+        vms,
+        image,
+        device: wish.device,
+        limit_bytes: wish.delta_limit,
+    };
     let answer = agent
         .call(&doing, agent.client.clone().create_many(request))
         .await?;

@@ -14,7 +14,7 @@ use crate::failure::{Exit, Failure};
 use crate::output::{self, JsonFlag};
 use crate::parallel;
 
-pub(crate) use list::{VmJson, of_hosts};
+pub(crate) use list::{VmJson, limit_level, of_hosts};
 use show::SecretFile;
 pub(crate) use spec::{Machine, MachineArgs, ReadyArgs};
 pub(crate) use watch::until_ready;
@@ -35,9 +35,8 @@ pub(crate) enum VmVerb {
         /// NAME or NAME@VERSION; without a version the newest
         #[arg(long)]
         image: ImageRef,
-        /// As a block device of the host, /dev/treeboot/NAME, too
-        #[arg(long)]
-        device: bool,
+        #[command(flatten)]
+        wish: DiskWish,
         /// The host; may be left out where only one runs VMs
         #[arg(long)]
         host: Option<HostName>,
@@ -58,6 +57,20 @@ pub(crate) enum VmVerb {
         host: Option<HostName>,
         #[command(flatten)]
         secret: SecretFile,
+        #[command(flatten)]
+        json: JsonFlag,
+    },
+    /// Limit what a VM writes; one at its limit stands still, and goes on when the limit is raised or when it discards something
+    #[command(after_help = "Example:\n  treeboot vm limit web-1 20G\n  treeboot vm limit web-1 none")]
+    Limit {
+        /// The VM's name
+        name: VmName,
+        /// 512M, 20G, or none; counted are the blocks that it wrote and did not discard, its snapshots' among them
+        #[arg(value_name = "SIZE", value_parser = parse_limit)]
+        limit: u64,
+        /// The host; looked up where it is left out
+        #[arg(long)]
+        host: Option<HostName>,
         #[command(flatten)]
         json: JsonFlag,
     },
@@ -99,6 +112,25 @@ pub(crate) enum VmVerb {
     },
 }
 
+/// How a new disk is to be.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct DiskWish {
+    /// As a block device of the host, /dev/treeboot/NAME, too
+    #[arg(long)]
+    device: bool,
+    /// The most that the VM may write (512M, 20G, or none) [default: the host's own limit]
+    #[arg(long, value_name = "SIZE", value_parser = parse_limit)]
+    delta_limit: Option<u64>,
+}
+
+/// A size, or `none`.
+fn parse_limit(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        text => spec::parse_size(text),
+    }
+}
+
 /// Start a VM; its disk is created where it is not there
 #[derive(Debug, clap::Args)]
 #[command(
@@ -131,20 +163,20 @@ pub(crate) async fn run(options: &Options, verb: VmVerb) -> Result<(), Failure> 
             name,
             count: Some(count),
             image,
-            device,
+            wish,
             host,
             json,
             ..
-        } => many::create(options, &name, count, &image, device, host, json).await,
+        } => many::create(options, &name, count, &image, wish, host, json).await,
         VmVerb::Create {
             name,
             image,
-            device,
+            wish,
             host,
             secret,
             json,
             count: None,
-        } => create(options, &name, &image, device, host, &secret, json).await,
+        } => create(options, &name, &image, wish, host, &secret, json).await,
         VmVerb::Show {
             name,
             host,
@@ -154,6 +186,16 @@ pub(crate) async fn run(options: &Options, verb: VmVerb) -> Result<(), Failure> 
             let coordinator = Coordinator::connect(options).await?;
             let agent = agent_with(&coordinator, options, &name, host).await?;
             show::show(&agent, &name, &secret, json).await
+        }
+        VmVerb::Limit {
+            name,
+            limit,
+            host,
+            json,
+        } => {
+            let coordinator = Coordinator::connect(options).await?;
+            let agent = agent_with(&coordinator, options, &name, host).await?;
+            limit_writes(&agent, &name, limit, json).await
         }
         VmVerb::Start(args) => start(options, args).await,
         VmVerb::Stop { name, host, force } => {
@@ -179,11 +221,34 @@ pub(crate) async fn run(options: &Options, verb: VmVerb) -> Result<(), Failure> 
     }
 }
 
+async fn limit_writes(agent: &Agent, name: &VmName, limit: u64, json: JsonFlag) -> Result<(), Failure> {
+    let doing = format!("limit what the VM '{name}' on host '{}' writes", agent.host);
+    let request = v1::LimitDiskRequest {
+        vm: name.to_string(),
+        limit_bytes: limit,
+    };
+    let answer = agent
+        .call(&doing, agent.client.clone().limit_disk(request))
+        .await?;
+    let row = VmJson::of(&agent.host, None, answer.disk);
+    if json.json {
+        return output::print_json(&row);
+    }
+    let written = output::bytes(row.data_bytes);
+    output::print_text(&match row.limit_bytes {
+        Some(limit) => format!(
+            "'{name}' may write {}, and has written {written}\n",
+            output::bytes(limit)
+        ),
+        None => format!("'{name}' may write as much as there is room for, and has written {written}\n"),
+    })
+}
+
 async fn create(
     options: &Options,
     name: &VmName,
     image: &ImageRef,
-    device: bool,
+    wish: DiskWish,
     host: Option<HostName>,
     secret: &SecretFile,
     json: JsonFlag,
@@ -195,7 +260,8 @@ async fn create(
     let request = v1::CreateRequest {
         vm: name.to_string(),
         image,
-        device,
+        device: wish.device,
+        limit_bytes: wish.delta_limit,
     };
     let answer = agent.call(&doing, agent.client.clone().create(request)).await?;
     let disk = answer.disk.ok_or_else(|| incomplete(&agent.peer, "disk"))?;

@@ -130,6 +130,27 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     std::fs::read_to_string(path).map_err(|error| Failure::io(&what, &error))
 }
 
+/// Reads a size of a disk's writes into bytes.
+///
+/// # Errors
+/// What is wrong and how to write it.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("'{text}' is not a size; write for instance 512M, 20G, 1T or none");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let mib = match unit {
+        "M" | "MiB" => Some(number),
+        "G" | "GiB" => number.checked_mul(1 << 10),
+        "T" | "TiB" => number.checked_mul(1 << 20),
+        _ => None,
+    };
+    // A disk of an EiB is none.
+    mib.filter(|mib| (1..=1 << 40).contains(mib))
+        .map(|mib| mib << 20)
+        .ok_or_else(wrong)
+}
+
 /// Reads a size of memory into MiB.
 fn parse_memory(text: &str) -> Result<u32, String> {
     let wrong = || format!("'{text}' is not a size of memory; write for instance 512M or 2G");
@@ -148,6 +169,16 @@ fn parse_memory(text: &str) -> Result<u32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_has_a_unit() {
+        for (text, bytes) in [("1M", 1 << 20), ("20G", 20 << 30), ("2TiB", 2 << 40)] {
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
+        for bad in ["", "20", "0M", "-1G", "1.5G", "20 G", "18446744073709551615T"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn memory_is_in_mib_unless_it_says_otherwise() {

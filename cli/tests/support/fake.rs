@@ -408,6 +408,7 @@ impl Agent for FakeAgent {
                 vm: vm.clone(),
                 image,
                 device: false,
+                limit_bytes: None,
             });
             let disk = Agent::create(self, one).await?.into_inner().disk;
             created.push(v1::Created {
@@ -423,6 +424,15 @@ impl Agent for FakeAgent {
         _: Request<v1::GetDiskSecretRequest>,
     ) -> Answer<v1::GetDiskSecretResponse> {
         Ok(Response::new(v1::GetDiskSecretResponse { secret: None }))
+    }
+    async fn limit_disk(&self, request: Request<v1::LimitDiskRequest>) -> Answer<v1::LimitDiskResponse> {
+        let v1::LimitDiskRequest { vm, limit_bytes } = request.into_inner();
+        let disk = v1::Disk {
+            vm,
+            limit_bytes,
+            ..Default::default()
+        };
+        Ok(Response::new(v1::LimitDiskResponse { disk: Some(disk) }))
     }
     async fn destroy(&self, request: Request<v1::DestroyRequest>) -> Answer<v1::DestroyResponse> {
         let vm = request.into_inner().vm;

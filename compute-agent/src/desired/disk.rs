@@ -73,6 +73,9 @@ pub struct DiskState {
     /// Its VM is to be started as soon as it is served: it ran before it moved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Box<RunSpec>>,
+    /// The most bytes of blocks that the VM may have written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bytes: Option<u64>,
 }
 
 impl DiskState {
@@ -87,6 +90,7 @@ impl DiskState {
             transfer: None,
             moving: None,
             start: None,
+            limit_bytes: None,
         }
     }
 

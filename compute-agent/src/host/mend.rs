@@ -9,7 +9,7 @@ use treeboot_types::{Digest, VmName};
 
 use super::base::BaseMsg;
 use super::vm::VmMsg;
-use super::{Host, HostError, chain};
+use super::{Host, HostError, LimitLevel, chain};
 use crate::doctor::{Condition, Finding, Unclaimed, diagnose};
 use crate::plane::Scope;
 use crate::stack::Step;
@@ -108,6 +108,16 @@ impl Host {
         findings.extend(troubles.map(|trouble| {
             Finding::new(Condition::Damaged, trouble.kind, trouble.name).because(trouble.why)
         }));
+        for near in self.limited() {
+            let is_its = |it: &&mut Finding| it.kind == "delta" && it.name == near.vm.as_str();
+            if near.level() > LimitLevel::Enough
+                && let Some(finding) = findings.iter_mut().find(is_its)
+                && finding.condition == Condition::Used
+            {
+                finding.condition = Condition::Filling;
+                finding.why = near.words();
+            }
+        }
         let mut silent = Vec::new();
         let mut doubt_all = None;
         if let Err(why) = self.look_at_remains(&mut findings).await {

@@ -335,6 +335,7 @@ impl Host {
             transfer: moving.transfer,
             instance: state.instance.to_vec(),
             device: state.device,
+            limit_bytes: state.limit_bytes.unwrap_or(0),
             secret: self.disk_secret(vm).map(|secret| v1::DiskSecret {
                 user: Iqn::of_vm(vm).to_string(),
                 secret,

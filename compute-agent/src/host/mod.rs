@@ -8,6 +8,7 @@ mod base;
 mod error;
 mod export;
 mod layers;
+mod limits;
 mod many;
 mod mend;
 mod migrate;
@@ -53,6 +54,7 @@ use vm::{VmHandle, VmMsg};
 
 pub use error::{HostError, chain};
 pub use export::{ExportRequest, Exported};
+pub use limits::{DiskOptions, LimitLevel, Limited};
 pub use migrate::{MigrateRequest, Moved};
 pub use receive::{Begun, Receiving};
 pub use report::{MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
@@ -91,6 +93,8 @@ pub struct Settings {
     pub labels: Labels,
     /// Its share of slots, from 1.
     pub weight: u32,
+    /// The most bytes of blocks that a VM may write, where its disk was not given a limit of its own.
+    pub delta_limit: Option<u64>,
 }
 
 /// What all owners share.
@@ -254,6 +258,10 @@ impl Host {
         host.shared.tasks.spawn(async move { prober.probe().await });
         let watcher = host.clone();
         host.shared.tasks.spawn(async move { watcher.watch_room().await });
+        let limits = host.clone();
+        host.shared
+            .tasks
+            .spawn(async move { limits.watch_limits().await });
         let doctor = host.clone();
         host.shared
             .tasks
@@ -455,22 +463,6 @@ impl Host {
     /// Where an image is exported here.
     pub fn endpoint(&self, image: &ImageId) -> treeboot_types::Endpoint {
         view::endpoint(&self.shared.portal, image)
-    }
-
-    /// Gives a VM its disk.
-    ///
-    /// # Errors
-    /// [`HostError`]; nothing is left of the disk then.
-    pub async fn create(&self, vm: &VmName, image: &ImageRef) -> Result<(), HostError> {
-        self.create_known(vm, image, None, false).await
-    }
-
-    /// Gives a VM its disk, as a block device of this host, too.
-    ///
-    /// # Errors
-    /// [`HostError`]; nothing is left of the disk then, where it is a new one.
-    pub async fn create_device(&self, vm: &VmName, image: &ImageRef) -> Result<(), HostError> {
-        self.create_known(vm, image, None, true).await
     }
 
     /// Ends a VM and deletes its disk.

@@ -17,7 +17,7 @@ use treeboot_proto::v1::disk_part::Part;
 use treeboot_types::{ImageId, ImageRef, VmName};
 
 use super::vm::{VmMsg, VmOwner};
-use super::{Host, HostError, Shared, chain};
+use super::{DiskOptions, Host, HostError, Shared, chain};
 use crate::plane::user::delta_error;
 use crate::plane::{PlaneError, Scope, Verb};
 use crate::stack::Content;
@@ -191,7 +191,10 @@ impl VmOwner {
         // Its file is the new disk's from here on.
         drop(incoming);
         finished?;
-        let made = self.make(image, content, false, Some(transfer)).await;
+        let made = match self.host.with_own_limit(DiskOptions::default()) {
+            Ok(options) => self.make(image, content, options, Some(transfer)).await,
+            Err(error) => Err(error),
+        };
         if made.is_err() {
             // So that no other VM of the name gets it.
             self.shared.applier.plane.discard(&self.vm, None).await?;

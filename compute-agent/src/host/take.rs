@@ -28,6 +28,7 @@ pub(super) struct Taking {
     content: Content,
     instance: [u8; 16],
     device: bool,
+    limit_bytes: Option<u64>,
     secret: Option<String>,
     start: Option<Box<RunSpec>>,
     arrival: Arrival,
@@ -84,6 +85,7 @@ impl Host {
             content,
             instance,
             device: request.device,
+            limit_bytes: Some(request.limit_bytes).filter(|bytes| *bytes > 0),
             secret: request.secret.map(|secret| secret.secret),
             start,
             tree,
@@ -190,6 +192,7 @@ impl VmOwner {
         let disk = DiskState {
             transfer: Some(arrival.transfer),
             start: taking.start.clone(),
+            limit_bytes: taking.limit_bytes,
             ..DiskState::new(image.clone(), wanted, taking.instance)
         };
         let arriving = DiskState {

@@ -20,7 +20,7 @@ use super::base::{BaseMsg, Reply};
 use super::receive::Received;
 use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
 use super::take::Taking;
-use super::{Host, HostError, Shared, chain, is_running, reach_error};
+use super::{DiskOptions, Host, HostError, Shared, chain, is_running, limits, reach_error};
 use crate::desired::{Change, DiskState, VmState};
 use crate::plane::{DiskPlace, Scope};
 use crate::stack::{Content, LayerChange};
@@ -36,7 +36,7 @@ pub(super) enum VmMsg {
     Create {
         image: ImageRef,
         known: Option<(ImageId, Content)>,
-        device: bool,
+        options: DiskOptions,
         reply: Reply<()>,
     },
     Destroy {
@@ -57,6 +57,11 @@ pub(super) enum VmMsg {
     },
     Adopt {
         disk: Received,
+        reply: Reply<()>,
+    },
+    /// Limits what the VM writes, or does not.
+    Limit {
+        bytes: Option<u64>,
         reply: Reply<()>,
     },
     /// Removes what nobody claims of the VM's name.
@@ -203,10 +208,10 @@ impl VmOwner {
             VmMsg::Create {
                 image,
                 known,
-                device,
+                options,
                 reply,
             } => {
-                let result = self.create(&image, known, device).await;
+                let result = self.create(&image, known, options).await;
                 let failed = result.is_err();
                 let _ = reply.send(result);
                 failed && self.is_nobody()
@@ -245,23 +250,28 @@ impl VmOwner {
                 let _ = reply.send(self.settle(transfer).await);
                 self.is_nobody()
             }
+            VmMsg::Limit { bytes, reply } => {
+                let _ = reply.send(self.limit(bytes).await);
+                self.is_nobody()
+            }
             VmMsg::Bury { kind, reply } => {
                 let _ = reply.send(self.bury(kind).await);
-                let desired = self.shared.journal().desired();
-                !desired.disks.contains_key(&self.vm) && !desired.vms.contains_key(&self.vm)
+                self.is_nobody()
             }
         }
     }
 
+    /// The journal knows no such VM.
     fn is_nobody(&self) -> bool {
-        !self.shared.journal().desired().disks.contains_key(&self.vm)
+        let desired = self.shared.journal().desired();
+        !desired.disks.contains_key(&self.vm) && !desired.vms.contains_key(&self.vm)
     }
 
     async fn create(
         &mut self,
         image: &ImageRef,
         known: Option<(ImageId, Content)>,
-        device: bool,
+        options: DiskOptions,
     ) -> Result<(), HostError> {
         self.check_settled()?;
         let desired = self.shared.journal().desired();
@@ -278,14 +288,15 @@ impl VmOwner {
                         have: there.image.clone(),
                     });
                 }
-                return self.have_device(there.clone(), device).await;
+                limits::check_same(&self.vm, there, options)?;
+                return self.have_device(there.clone(), options.device).await;
             }
         }
         let (image, content) = match known {
             Some(known) => known,
             None => self.host.resolve(image).await?,
         };
-        self.make(image, content, device, None).await
+        self.make(image, content, options, None).await
     }
 
     pub(super) async fn reach_disk(&mut self) -> Result<(), HostError> {
@@ -361,7 +372,10 @@ impl VmOwner {
             &request.image,
             self.shared.journal().desired().disks.get(&self.vm),
         ) {
-            (Some(image), _) => self.create(image, None, false).await?,
+            (Some(image), _) => {
+                let options = self.host.with_own_limit(DiskOptions::default())?;
+                self.create(image, None, options).await?;
+            }
             (None, Some(disk)) if !disk.doomed => self.reach_disk().await?,
             (None, _) => {
                 return Err(HostError::Invalid(format!(

@@ -52,6 +52,8 @@ pub enum Verb {
     Export,
     /// A VM's disk moved to another host.
     Migrate,
+    /// A limit of what a VM writes.
+    Limit,
 }
 
 impl Verb {
@@ -68,6 +70,11 @@ impl Verb {
             (PlaneKind::Kernel, Self::Clone | Self::Export | Self::Migrate) => Some(
                 "what dm-snapshot wrote cannot be read while the VM runs; run the VM on a host of the user plane",
             ),
+            (PlaneKind::Kernel, Self::Limit) => Some(
+                "dm-snapshot calls a delta that finds no room invalid, and all of it is lost then; its file may grow to what the disk can come to \
+                 need, and '--delta-step' says how fast. Run the VM on a host of the user plane",
+            ),
+            (PlaneKind::Model, Self::Limit) => None,
             (PlaneKind::Model, _) => Some("a model has no layers; use a real plane"),
         }
     }
@@ -80,6 +87,7 @@ impl Verb {
             Self::Clone => "clone",
             Self::Export => "export",
             Self::Migrate => "migrate",
+            Self::Limit => "a limit of what a VM writes",
         }
     }
 }
@@ -265,6 +273,8 @@ pub struct BaseStats {
 pub struct DiskStats {
     /// Allocated for the VM's writes.
     pub delta_bytes: u64,
+    /// Of the blocks that it wrote and did not discard: what a limit counts. 0 where nobody counts.
+    pub data_bytes: u64,
     /// Read by the VM.
     pub read_bytes: u64,
     /// Written by the VM.

@@ -128,6 +128,7 @@ fn scoped(found: &Found, scope: &Scope) -> Found {
             found.stores.retain(|d| d == digest);
             found.deltas.clear();
             found.disks.clear();
+            found.limits.clear();
             found.devices.clear();
             found.leftovers.clear();
         }
@@ -135,8 +136,10 @@ fn scoped(found: &Found, scope: &Scope) -> Found {
             found.deltas.retain(|v, _| v == vm);
             found.disks.retain(|v, _| v == vm);
             found.devices.retain(|v, _| v == vm);
+            found.limits.retain(|v, _| v == vm);
             found = Found {
                 devices: found.devices,
+                limits: found.limits,
                 deltas: found.deltas,
                 disks: found.disks,
                 ..Found::default()

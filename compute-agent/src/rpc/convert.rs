@@ -13,8 +13,8 @@ use super::invalid;
 use crate::desired::{Move, Stage};
 use crate::doctor::Finding;
 use crate::host::{
-    CloneRequest, ExportRequest, Host, Imported, MEMORY_MIB, MigrateRequest, Moved, Phase, Progress,
-    READY_LIMIT, RoomLevel, Shipped, StartRequest, VmReport, VmRun,
+    CloneRequest, ExportRequest, Host, Imported, LimitLevel, Limited, MEMORY_MIB, MigrateRequest, Moved,
+    Phase, Progress, READY_LIMIT, RoomLevel, Shipped, StartRequest, VmReport, VmRun,
 };
 use crate::plane::{BaseStats, PathStats};
 
@@ -38,6 +38,14 @@ pub(super) fn names_once(names: &[String]) -> Result<Vec<VmName>, Status> {
     match parsed.iter().find(|vm| !seen.insert(*vm)) {
         Some(twice) => Err(invalid(format!("VM '{twice}' is named twice"))),
         None => Ok(parsed),
+    }
+}
+
+pub(super) fn limit_level(limited: &Limited) -> v1::LimitLevel {
+    match limited.level() {
+        LimitLevel::Enough => v1::LimitLevel::Enough,
+        LimitLevel::High => v1::LimitLevel::High,
+        LimitLevel::Critical => v1::LimitLevel::Critical,
     }
 }
 
@@ -107,7 +115,17 @@ pub(crate) fn status(host: &Host) -> v1::StatusResponse {
             });
         }
     }
+    let limited = host.limited().into_iter();
+    let near = limited.filter(|it| it.level() > LimitLevel::Enough);
     v1::StatusResponse {
+        near_limit: near
+            .map(|it| v1::NearLimit {
+                vm: it.vm.to_string(),
+                data_bytes: it.data_bytes,
+                limit_bytes: it.limit_bytes,
+                level: limit_level(&it).into(),
+            })
+            .collect(),
         host: Some((&host.info()).into()),
         coordinator_connected: host.connected(),
         bases,

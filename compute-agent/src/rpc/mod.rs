@@ -16,7 +16,7 @@ use treeboot_proto::v1::agent_server::Agent;
 use treeboot_proto::{image_id, image_id_or_newest};
 use treeboot_types::{ImageRef, Iqn, SnapshotName, VmName};
 
-use crate::host::{Host, HostError, chain};
+use crate::host::{DiskOptions, Host, HostError, Limited, chain};
 use crate::link::LinkError;
 use crate::plane::{DiskPlace, PlaneError};
 use crate::store::StoreError;
@@ -61,6 +61,16 @@ impl Service {
             written_bytes: stats.written_bytes,
             sessions: stats.sessions,
             moving: state.moving.as_ref().and_then(convert::moving),
+            data_bytes: stats.data_bytes,
+            limit_bytes: state.limit_bytes.unwrap_or(0),
+            limit_level: state.limit_bytes.map_or(0, |limit_bytes| {
+                let limited = Limited {
+                    vm: vm.clone(),
+                    data_bytes: stats.data_bytes,
+                    limit_bytes,
+                };
+                convert::limit_level(&limited).into()
+            }),
         })
     }
 
@@ -248,16 +258,11 @@ impl Agent for Service {
     ) -> Result<Response<v1::CreateResponse>, Status> {
         let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
         self.may_use(&request, &image).await?;
-        let v1::CreateRequest { vm, device, .. } = request.into_inner();
-        let vm = vm_name(&vm)?;
+        let request = request.into_inner();
+        let options = DiskOptions::new(request.device, request.limit_bytes);
+        let vm = vm_name(&request.vm)?;
         let (host, name) = (self.host.clone(), vm.clone());
-        whole(async move {
-            match device {
-                true => host.create_device(&name, &image).await,
-                false => host.create(&name, &image).await,
-            }
-        })
-        .await?;
+        whole(async move { host.create_with(&name, &image, options).await }).await?;
         let disk = self.disk(&vm).map_err(status)?;
         let secret = self.secret_of(&vm).filter(|_| disk.chap);
         let disk = Some(disk);
@@ -270,10 +275,11 @@ impl Agent for Service {
     ) -> Result<Response<v1::CreateManyResponse>, Status> {
         let image = image_id_or_newest(request.get_ref().image.as_ref()).map_err(invalid)?;
         self.may_use(&request, &image).await?;
-        let v1::CreateManyRequest { vms, device, .. } = request.into_inner();
-        let vms = convert::names_once(&vms)?;
+        let request = request.into_inner();
+        let options = DiskOptions::new(request.device, request.limit_bytes);
+        let vms = convert::names_once(&request.vms)?;
         let (host, names) = (self.host.clone(), vms.clone());
-        let results = whole(async move { host.create_many(names, &image, device).await }).await?;
+        let results = whole(async move { host.create_many(names, &image, options).await }).await?;
         let created = vms
             .iter()
             .zip(results)
@@ -281,6 +287,18 @@ impl Agent for Service {
         Ok(Response::new(v1::CreateManyResponse {
             created: created.collect(),
         }))
+    }
+
+    async fn limit_disk(
+        &self,
+        request: Request<v1::LimitDiskRequest>,
+    ) -> Result<Response<v1::LimitDiskResponse>, Status> {
+        let v1::LimitDiskRequest { vm, limit_bytes } = request.into_inner();
+        let vm = vm_name(&vm)?;
+        let (host, name) = (self.host.clone(), vm.clone());
+        whole(async move { host.limit(&name, limit_bytes).await }).await?;
+        let disk = Some(self.disk(&vm).map_err(status)?);
+        Ok(Response::new(v1::LimitDiskResponse { disk }))
     }
 
     async fn get_disk_secret(

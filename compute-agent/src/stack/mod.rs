@@ -130,6 +130,8 @@ pub struct Wanted {
     pub disks: BTreeMap<VmName, WantedDisk>,
     /// Disks that are block devices of the host, too.
     pub devices: BTreeSet<VmName>,
+    /// The most bytes of blocks that VMs may have written, of those that have a limit.
+    pub limits: BTreeMap<VmName, u64>,
     /// Disks whose deltas are to be deleted. A delta in neither set is nobody's to delete.
     pub doomed_disks: BTreeSet<VmName>,
     /// Disks that are served to nobody, and whose deltas stay: their VMs are on their way from or to another host.
@@ -197,6 +199,8 @@ pub struct Found {
     pub disks: BTreeMap<VmName, Digest>,
     /// Block devices of disks.
     pub devices: BTreeMap<VmName, FoundDevice>,
+    /// Limits of what VMs write.
+    pub limits: BTreeMap<VmName, u64>,
     /// What an interrupted step of ours left lying, by the plane's own name for it.
     pub leftovers: BTreeSet<String>,
 }
@@ -329,6 +333,13 @@ pub enum Step {
         /// On which base, and how large.
         disk: WantedDisk,
     },
+    /// Limits what a VM writes, whether its disk is served or is about to be. A write beyond it finds no room.
+    LimitDisk {
+        /// The VM.
+        vm: VmName,
+        /// The most bytes of blocks; none: as many as there is room for.
+        bytes: Option<u64>,
+    },
     /// Serves a VM's disk: its delta over the base.
     ServeDisk {
         /// The VM.
@@ -368,6 +379,7 @@ impl Step {
             Self::Export { .. } => "export",
             Self::SetAccess { .. } => "set_access",
             Self::CreateDelta { .. } => "create_delta",
+            Self::LimitDisk { .. } => "limit_disk",
             Self::ServeDisk { .. } => "serve_disk",
             Self::Layers { layers, .. } => match layers {
                 LayerChange::Snapshot { .. } => "snapshot",

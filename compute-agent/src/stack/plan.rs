@@ -268,6 +268,18 @@ impl Planner<'_> {
                             disk: *disk,
                         });
                     }
+                    // Before it is served, so that no write slips past it.
+                    let limit = self
+                        .found
+                        .limits
+                        .get(vm)
+                        .filter(|_| !self.disks_down.contains(vm));
+                    if self.wanted.limits.get(vm) != limit {
+                        self.plan.steps.push(Step::LimitDisk {
+                            vm: vm.clone(),
+                            bytes: self.wanted.limits.get(vm).copied(),
+                        });
+                    }
                     if !served {
                         self.plan.steps.push(Step::ServeDisk {
                             vm: vm.clone(),

@@ -79,6 +79,7 @@ prop_compose! {
         kept in prop::collection::btree_set(0u8..4, 0..2),
         doomed_stores in prop::collection::btree_set(0u8..4, 0..2),
         device in any::<bool>(),
+        limited in any::<bool>(),
     ) -> Wanted {
         let bases: BTreeMap<_, _> = bases
             .into_iter()
@@ -102,7 +103,10 @@ prop_compose! {
             .into_iter()
             .map(|(n, base)| (vm(n), WantedDisk { digest: digest(base), bytes: 1 << 20 }))
             .collect();
+        // Every second wish has limits.
+        let limits = disks.keys().filter(|_| limited).map(|vm| (vm.clone(), 1 << 20));
         Wanted {
+            limits: limits.collect(),
             devices: disks.keys().filter(|_| device).cloned().collect(),
             standing: BTreeSet::new(),
             resting_disks: BTreeSet::new(),
@@ -265,7 +269,10 @@ proptest! {
             Step::DropPaths { .. } => 5,
             Step::DropCache { .. } | Step::DropStore { .. } => 6,
             Step::SetPaths { .. } | Step::OpenBase { .. } | Step::Export { .. } | Step::SetAccess { .. } => 7,
-            Step::CreateDelta { .. } | Step::ServeDisk { .. } | Step::AttachDevice { .. } => 8,
+            Step::CreateDelta { .. }
+            | Step::LimitDisk { .. }
+            | Step::ServeDisk { .. }
+            | Step::AttachDevice { .. } => 8,
             Step::Layers { .. } => unreachable!("layers are changed by a verb, never by a plan"),
         };
         let ranks: Vec<_> = plan(&second, &world.found).steps.iter().map(rank).collect();

@@ -70,12 +70,20 @@ impl World {
                     return Err(in_use(step, vm, &"its device"));
                 }
                 found.disks.remove(vm);
+                found.limits.remove(vm);
+            }
+            Step::LimitDisk { vm, bytes } => {
+                match bytes {
+                    Some(bytes) => found.limits.insert(vm.clone(), *bytes),
+                    None => found.limits.remove(vm),
+                };
             }
             Step::DeleteDelta { vm } => {
                 if found.disks.contains_key(vm) {
                     return Err(in_use(step, vm, &format!("the disk of {vm}")));
                 }
                 found.deltas.remove(vm);
+                found.limits.remove(vm);
             }
             Step::Unexport { image } => {
                 found.exports.remove(image);

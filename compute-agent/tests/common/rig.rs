@@ -85,6 +85,7 @@ impl Rig {
             agent_address: address.to_string(),
             labels: Labels::new(),
             weight: 1,
+            delta_limit: None,
         };
         let journal = Journal::open(dir).unwrap().0;
         let (host, _refused) = Host::start(settings, Arc::clone(&plane) as _, journal)

@@ -52,6 +52,7 @@ fn names_that_are_none_are_refused_by_every_process_with_the_name() -> Result<()
                 vm: name.into(),
                 image: Some(newest(IMAGE)),
                 device: false,
+                limit_bytes: None,
             };
             let status = cluster.hosts[0].agent().await?.create(request).await;
             let status = status.expect_err("a name that is none");

@@ -158,6 +158,7 @@ fn a_vm_sees_its_own_writes_after_a_stop_and_nobody_elses_and_the_image_stays_as
             vm: "untouched".into(),
             image: Some(measure::newest(IMAGE)),
             device: false,
+            limit_bytes: None,
         };
         let created = host.agent().await?.create(request).await?.into_inner();
         let disk = created.disk.context("an answer without the disk")?;

@@ -47,6 +47,7 @@ impl Device {
             vm: self.vm.clone(),
             image: Some(newest(IMAGE)),
             device: true,
+            limit_bytes: None,
         }
     }
 
@@ -212,6 +213,7 @@ async fn in_use_and_without_holder(cluster: &Cluster) -> Result<()> {
     let device = Device::new(host, "held");
     let create = v1::CreateRequest {
         device: false,
+        limit_bytes: None,
         ..device.request()
     };
     let disk = host.agent().await?.create(create).await?.into_inner().disk;

@@ -109,20 +109,50 @@ struct Endurance<'a> {
     cluster: &'a Cluster,
     host: &'a Daemon,
     image: &'a str,
+    progress: Progress,
     rounds: RefCell<Vec<Round>>,
 }
 
+/// What changes whenever the writer got something done.
+enum Progress {
+    /// The writes that the block device has done.
+    Device(PathBuf),
+    /// The files of the disk.
+    Delta,
+    /// What the guest says of its rounds.
+    Console(PathBuf),
+}
+
 impl<'a> Endurance<'a> {
-    fn new(cluster: &'a Cluster, image: &'a str) -> Self {
+    fn new(cluster: &'a Cluster, image: &'a str, progress: Progress) -> Self {
         Self {
             cluster,
             host: &cluster.hosts[1],
             image,
+            progress,
             rounds: RefCell::default(),
         }
     }
 
-    /// When the disk was written to last.
+    fn progress(&self) -> Result<u64> {
+        match &self.progress {
+            Progress::Delta => {
+                let age = self.written()?.duration_since(SystemTime::UNIX_EPOCH)?;
+                Ok(u64::try_from(age.as_nanos())?)
+            }
+            Progress::Console(console) => Ok(std::fs::metadata(console)?.len()),
+            Progress::Device(device) => {
+                let device = std::fs::canonicalize(device)?;
+                let name = device.file_name().context("a device has a name")?;
+                let stat = std::fs::read_to_string(Path::new("/sys/block").join(name).join("stat"))?;
+                // The kernel's Documentation/block/stat.rst: the fifth is the count of writes that are done.
+                let writes = stat.split_whitespace().nth(4).context("no count of writes")?;
+                Ok(writes.parse()?)
+            }
+        }
+    }
+
+    /// When the disk's files were written to last.
     fn written(&self) -> Result<SystemTime> {
         let mut newest = SystemTime::UNIX_EPOCH;
         let mut folders = vec![self.host.folder().join("state/deltas")];
@@ -141,9 +171,9 @@ impl<'a> Endurance<'a> {
     }
 
     async fn writes_go_on(&self) -> Result<()> {
-        let before = self.written()?;
+        let before = self.progress()?;
         wait_until(SOON, "the writer to go on", async || {
-            Ok((self.written()? != before).then_some(()))
+            Ok((self.progress()? != before).then_some(()))
         })
         .await
     }
@@ -360,11 +390,11 @@ fn a_block_device_outlives_everything_but_its_host() -> Result<()> {
         let small = cluster.hosts[1].folder().join("state/deltas");
         room::small(&cluster.path().join("small.img"), &small)?;
         start(&cluster, &pattern(&cluster, sizes)?, IMAGE).await?;
-        let endurance = Endurance::new(&cluster, IMAGE);
-        let device = Device::new(endurance.host, "endures");
+        let device = Device::new(&cluster.hosts[1], "endures");
+        let endurance = Endurance::new(&cluster, IMAGE, Progress::Device(device.path()));
         endurance.host.agent().await?.create(device.request()).await?;
         let mut writer = Writer::here(&cluster, sizes, &device.path())?;
-        writer.begins(|| endurance.written()).await?;
+        writer.begins(|| endurance.progress()).await?;
         let struck = async {
             endurance.others(counts, true).await?;
             endurance.holder(counts).await?;
@@ -401,15 +431,16 @@ fn the_kernels_initiator_outlives_everything_but_its_host() -> Result<()> {
         let sizes = Sizes::of(counts);
         let cluster = Cluster::prepare("endure-initiator", &plan(true))?;
         start(&cluster, &pattern(&cluster, sizes)?, IMAGE).await?;
-        let endurance = Endurance::new(&cluster, IMAGE);
+        let endurance = Endurance::new(&cluster, IMAGE, Progress::Delta);
         let create = v1::CreateRequest {
             vm: "endures".into(),
             image: Some(measure::newest(IMAGE)),
             device: false,
+            limit_bytes: None,
         };
         let created = endurance.host.agent().await?.create(create).await?.into_inner();
         let mut writer = Writer::guest(&cluster, sizes, &created).await?;
-        writer.begins(|| endurance.written()).await?;
+        writer.begins(|| endurance.progress()).await?;
         endurance.others(counts, true).await?;
         endurance.agent(counts).await?;
         let output = writer.finish().await?;
@@ -447,28 +478,29 @@ fn qemu_outlives_everything_but_its_host() -> Result<()> {
         let small = cluster.hosts[1].folder().join("state/deltas");
         room::small(&cluster.path().join("small.img"), &small)?;
         start(&cluster, &file, IMAGE).await?;
-        let endurance = Endurance::new(&cluster, IMAGE);
         let mut order = guest::order_with_jobs(
             "endures",
             IMAGE,
             &[&format!("soak_seconds={}", counts.limit().as_secs())],
         );
         order.ready_line = guest::UP.into();
-        let vm = fleet::boot(endurance.host, &order).await?;
+        let vm = fleet::boot(&cluster.hosts[1], &order).await?;
+        let endurance = Endurance::new(
+            &cluster,
+            IMAGE,
+            Progress::Console(PathBuf::from(&vm.console_path)),
+        );
         let done = Arc::new(AtomicBool::new(false));
         let watching = watch_console(PathBuf::from(&vm.console_path), Arc::clone(&done));
         let struck = async {
             endurance
-                .rounds("nothing", counts.kills, async || {
-                    endurance.writes_go_on().await?;
-                    endurance.writes_go_on().await
-                })
+                .rounds("nothing", counts.kills, async || endurance.writes_go_on().await)
                 .await?;
             endurance.others(counts, false).await?;
             endurance.agent(counts).await?;
             endurance.full_disk(&small).await?;
             endurance
-                .rounds("nothing", 2, async || endurance.writes_go_on().await)
+                .rounds("nothing, again", 2, async || endurance.writes_go_on().await)
                 .await
         };
         let struck = struck.await;

@@ -17,6 +17,7 @@ mod http;
 mod iscsi_suite;
 mod kernel_initiator;
 mod kills;
+mod limits;
 mod migrations;
 mod model;
 mod names;

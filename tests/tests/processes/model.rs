@@ -256,6 +256,7 @@ impl World<'_> {
                     vm: vm.clone(),
                     image: Some(newest(IMAGE)),
                     device: false,
+                    limit_bytes: None,
                 };
                 code(client.create(request).await)
             }

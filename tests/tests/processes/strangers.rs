@@ -464,6 +464,7 @@ fn an_image_is_for_the_hosts_and_roles_that_its_labels_name() -> Result<()> {
             vm: "vm1".into(),
             image: Some(treeboot_tests::measure::newest(IMAGE)),
             device: false,
+            limit_bytes: None,
         };
         let mut client = agent(&cluster.hosts[0], own.issue(&operator, HOUR)?).await?;
         refused(client.create(create()).await, Code::PermissionDenied, words)?;

@@ -244,6 +244,7 @@ async fn create(daemon: &Daemon, vm: &str) -> Result<VmDisk> {
         vm: vm.into(),
         image: Some(newest(IMAGE)),
         device: false,
+        limit_bytes: None,
     };
     let answer = daemon.agent().await?.create(request).await?.into_inner();
     let disk = answer.disk.context("a disk")?;

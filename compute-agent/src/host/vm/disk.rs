@@ -6,7 +6,7 @@ use super::VmOwner;
 use crate::apply::ReachError;
 use crate::desired::{Change, DiskState};
 use crate::host::base::{BaseMsg, Hold};
-use crate::host::{HostError, chain};
+use crate::host::{DiskOptions, HostError, chain};
 use crate::stack::{Content, Obstacle, WantedDisk};
 
 impl VmOwner {
@@ -15,7 +15,7 @@ impl VmOwner {
         &mut self,
         image: ImageId,
         content: Content,
-        device: bool,
+        options: DiskOptions,
         transfer: Option<u64>,
     ) -> Result<(), HostError> {
         let wanted = WantedDisk {
@@ -23,8 +23,9 @@ impl VmOwner {
             bytes: content.bytes,
         };
         let disk = DiskState {
-            device,
+            device: options.device,
             transfer,
+            limit_bytes: options.limit(),
             ..DiskState::new(image.clone(), wanted, rand::random())
         };
         let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
@@ -71,6 +72,25 @@ impl VmOwner {
             self.reach_disk().await?;
         }
         reached
+    }
+
+    /// Limits what the VM writes from now on; what stands still for want of room goes on where there is some now.
+    pub(super) async fn limit(&mut self, bytes: Option<u64>) -> Result<(), HostError> {
+        let desired = self.shared.journal().desired();
+        let there = desired.disks.get(&self.vm).filter(|disk| !disk.doomed);
+        let there = there.cloned().ok_or_else(|| HostError::UnknownVm {
+            vm: self.vm.clone(),
+            host: self.shared.host().to_string(),
+        })?;
+        if there.limit_bytes != bytes {
+            let vm = self.vm.clone();
+            let disk = DiskState {
+                limit_bytes: bytes,
+                ..there
+            };
+            self.shared.journal().commit([Change::Disk { vm, disk }]).await?;
+        }
+        self.reach_disk().await
     }
 
     async fn note_device(&mut self, there: &DiskState, device: bool) -> Result<(), HostError> {

@@ -44,6 +44,7 @@ impl KernelPlane {
         let allocated = delta.map_or(0, |delta| std::os::unix::fs::MetadataExt::blocks(&delta) * 512);
         Some(DiskStats {
             delta_bytes: allocated,
+            data_bytes: 0,
             read_bytes: counts.read_bytes,
             written_bytes: counts.written_bytes,
             sessions: seen.open_count,

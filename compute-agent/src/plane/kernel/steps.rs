@@ -12,7 +12,7 @@ use super::feed::Feed;
 use super::record::{BaseRecord, DeltaFiles};
 use super::sys::{mapper_error, record_error, within};
 use super::{KernelPlane, base, disks, exports, hashes, look, record};
-use crate::plane::{PlaneError, PlaneKind, Scope, links as stable, no_layers};
+use crate::plane::{PlaneError, PlaneKind, Scope, Verb, links as stable, no_layers};
 use crate::stack::{Access, Backing, Content, Sources, Step, Violation, WantedDisk};
 
 impl KernelPlane {
@@ -410,6 +410,10 @@ impl KernelPlane {
             } => self.export(step, image, *digest, access).await,
             Step::SetAccess { image, access } => self.set_access(step, image, access).await,
             Step::CreateDelta { vm, disk } => self.create_delta(step, vm, *disk).await,
+            Step::LimitDisk { vm, .. } => Err(PlaneError::Unfit {
+                what: format!("a limit of what VM '{vm}' writes"),
+                why: Verb::Limit.refusal(PlaneKind::Kernel).unwrap_or_default().into(),
+            }),
             Step::ServeDisk { vm, disk } => self.serve_disk(step, vm, *disk).await,
             Step::Layers { vm, .. } => Err(no_layers(vm, PlaneKind::Kernel)),
         }

@@ -34,6 +34,23 @@ pub(super) fn layer_error(vm: &VmName, error: LayerError) -> PlaneError {
 }
 
 impl UserPlane {
+    pub(super) fn limit_disk(&self, vm: &VmName, bytes: Option<u64>) {
+        let mut state = self.state.lock();
+        match bytes {
+            Some(bytes) => state.limits.insert(vm.clone(), bytes),
+            None => state.limits.remove(vm),
+        };
+        if let Some(open) = state.disks.get(vm) {
+            open.layers.set_limit(bytes);
+        }
+    }
+
+    pub(super) async fn attach_device(&self, step: &Step, vm: &VmName) -> Result<(), PlaneError> {
+        let open = self.state.lock().disks.get(vm).cloned();
+        let open = open.ok_or_else(|| missing(step, vm, "its disk"))?;
+        self.devices.attach(vm, open.layers).await
+    }
+
     pub(super) async fn open_layers(
         &self,
         vm: &VmName,

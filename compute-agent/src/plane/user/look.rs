@@ -82,6 +82,12 @@ impl UserPlane {
             Scope::Disk(wanted) => wanted == *vm,
         });
         found.disks = disks.map(|(vm, open)| (vm.clone(), open.disk.digest)).collect();
+        let limits = state.limits.iter().filter(|(vm, _)| match scope {
+            Scope::All => true,
+            Scope::Base(_) => false,
+            Scope::Disk(wanted) => wanted == *vm,
+        });
+        found.limits = limits.map(|(vm, bytes)| (vm.clone(), *bytes)).collect();
         found
     }
 }

@@ -111,6 +111,8 @@ struct State {
     bases: HashMap<Digest, OpenBase>,
     exports: BTreeMap<ImageId, FoundExport>,
     disks: BTreeMap<VmName, OpenDisk>,
+    /// The most bytes of written blocks of disks that are served, or about to be.
+    limits: BTreeMap<VmName, u64>,
     /// Bytes that exports shipped that are gone.
     shipped: HashMap<Digest, u64>,
 }
@@ -298,6 +300,7 @@ impl UserPlane {
             }
             .into());
         }
+        self.state.lock().limits.remove(vm);
         let (folder, vm) = (Directory::new(&self.settings.deltas), vm.clone());
         blocking(move || layers::delete(&folder, &vm).map_err(|error| delta_error(&vm, error))).await
     }
@@ -316,6 +319,7 @@ impl UserPlane {
             self.open_layers(vm, wanted, base.cache.base(Reader::Guest))
                 .await?,
         );
+        disk.set_limit(self.state.lock().limits.get(vm).copied());
         let ident = treeboot_block::verity::sha256(format!("disk:{}:{vm}", self.settings.host).as_bytes()).0;
         let mut short = [0; 16];
         short.copy_from_slice(&ident[..16]);
@@ -339,12 +343,6 @@ impl UserPlane {
         Ok(())
     }
 
-    async fn attach_device(&self, step: &Step, vm: &VmName) -> Result<(), PlaneError> {
-        let open = self.state.lock().disks.get(vm).cloned();
-        let open = open.ok_or_else(|| missing(step, vm, "its disk"))?;
-        self.devices.attach(vm, open.layers).await
-    }
-
     async fn stop_disk(&self, vm: &VmName) {
         self.server.remove_target(&Iqn::of_disk(vm), DRAIN).await;
         let open = self.state.lock().disks.get(vm).cloned();
@@ -352,7 +350,9 @@ impl UserPlane {
             // A merge that is under way ends, so that nobody writes to files that are somebody else's then.
             open.layers.close().await;
         }
-        self.state.lock().disks.remove(vm);
+        let mut state = self.state.lock();
+        state.disks.remove(vm);
+        state.limits.remove(vm);
     }
 
     async fn drop_cache(&self, step: &Step, digest: &Digest) -> Result<(), PlaneError> {
@@ -420,6 +420,10 @@ impl UserPlane {
             } => self.export(step, image, digest, access),
             Step::SetAccess { image, access } => self.set_access(step, image, access),
             Step::CreateDelta { vm, disk } => self.create_delta(vm, *disk).await,
+            Step::LimitDisk { vm, bytes } => {
+                self.limit_disk(vm, *bytes);
+                Ok(())
+            }
             Step::ServeDisk { vm, disk } => self.serve_disk(step, vm, *disk).await,
             Step::Layers { vm, layers } => self.change_layers(step, vm, layers).await,
         }

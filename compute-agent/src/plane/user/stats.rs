@@ -59,6 +59,7 @@ impl UserPlane {
         let target = self.server.stats(&Iqn::of_disk(vm)).unwrap_or_default();
         Some(DiskStats {
             delta_bytes: open.layers.allocated_bytes().unwrap_or(0),
+            data_bytes: open.layers.data_bytes(),
             read_bytes: target.read_bytes,
             written_bytes: target.written_bytes,
             sessions: u32::try_from(target.sessions.len()).unwrap_or(u32::MAX),

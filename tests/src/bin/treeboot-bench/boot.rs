@@ -110,6 +110,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
         vm: "bench".into(),
         image: Some(newest(IMAGE)),
         device: false,
+        limit_bytes: None,
     };
     let disk = cluster.hosts[0]
         .agent()

@@ -141,6 +141,7 @@ async fn many(host: &Daemon, round: u32, disks: u32) -> Result<Round> {
         vms: vms.clone(),
         image: Some(newest(IMAGE)),
         device: false,
+        limit_bytes: None,
     };
     let mut agent = host.agent().await?;
     let began = Instant::now();
@@ -182,6 +183,7 @@ async fn single(host: &Daemon, count: u32) -> Result<Vec<(Duration, Duration)>> 
             vm: vm.clone(),
             image: Some(newest(IMAGE)),
             device: false,
+            limit_bytes: None,
         };
         let answer = agent.create(request).await?.into_inner();
         let created = began.elapsed();

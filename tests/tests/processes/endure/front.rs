@@ -164,11 +164,11 @@ impl Writer {
     }
 
     /// Until it is at work for the first time.
-    pub(super) async fn begins(&mut self, written: impl Fn() -> Result<std::time::SystemTime>) -> Result<()> {
-        let before = written()?;
+    pub(super) async fn begins(&mut self, progress: impl Fn() -> Result<u64>) -> Result<()> {
+        let before = progress()?;
         wait_until(SOON, "the writer to begin", async || {
             self.is_at_work()?;
-            Ok((written()? != before).then_some(()))
+            Ok((progress()? != before).then_some(()))
         })
         .await
     }
