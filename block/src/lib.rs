@@ -16,6 +16,7 @@ mod runs;
 pub mod storage;
 pub mod verity;
 
+pub use cache::group::{CacheGroup, GroupError, GroupReport, MemberReport, MemberSpec, MemberState};
 pub use cache::{
     CacheCounters, CacheError, CacheOptions, ChunkCache, ChunkSource, Completeness, FetchError, FetchFuture,
     Fetched, ImageContent, Reader, Region, SourceId,

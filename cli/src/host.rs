@@ -7,6 +7,7 @@ use serde::Serialize;
 use treeboot_proto::v1;
 use treeboot_types::HostName;
 
+use crate::cache::MemberJson;
 use crate::client::{Coordinator, Options};
 use crate::failure::Failure;
 use crate::output::{self, Align, JsonFlag, Table};
@@ -81,6 +82,7 @@ struct StatusJson {
     cache_used_bytes: u64,
     room: Option<RoomJson>,
     near_limit: Vec<NearLimitJson>,
+    cache: Vec<MemberJson>,
     bases: Vec<BaseJson>,
     store: Vec<StoredJson>,
 }
@@ -261,6 +263,7 @@ async fn show(options: &Options, name: &HostName, json: JsonFlag) -> Result<(), 
         cache_used_bytes: status.cache_used_bytes,
         room: status.room.map(RoomJson::from),
         near_limit: status.near_limit.into_iter().map(NearLimitJson::from).collect(),
+        cache: status.cache_members.into_iter().map(MemberJson::from).collect(),
         bases: status.bases.into_iter().map(BaseJson::from).collect(),
         store: status.store.iter().map(StoredJson::from).collect(),
     };
@@ -365,6 +368,9 @@ fn render_status(status: &StatusJson) -> String {
             output::bytes(near.data_bytes),
             output::bytes(near.limit_bytes),
         );
+    }
+    for member in &status.cache {
+        text += &member.alarm();
     }
     if !status.store.is_empty() {
         text += "\nSTORE\n";

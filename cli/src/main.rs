@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cache;
 mod client;
 mod clone;
 mod delta;
@@ -84,6 +85,9 @@ enum Command {
     /// Check what a VM wrote, and export it
     #[command(subcommand)]
     Delta(delta::DeltaVerb),
+    /// Show, grow, shrink, pin and drop what hosts cache
+    #[command(subcommand)]
+    Cache(cache::CacheVerb),
     /// Boot and stop many virtual machines at once
     #[command(subcommand)]
     Fleet(fleet::FleetVerb),
@@ -147,6 +151,7 @@ async fn run(options: &Options, command: Command) -> Result<(), Failure> {
         Command::Migrate(args) => migrate::run(options, args).await,
         Command::Describe(args) => describe::run(options, args).await,
         Command::Delta(verb) => delta::run(options, verb).await,
+        Command::Cache(verb) => cache::run(options, verb).await,
         Command::Fleet(verb) => fleet::run(options, verb).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();

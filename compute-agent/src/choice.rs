@@ -4,27 +4,26 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use treeboot_types::HostName;
+use treeboot_block::MemberSpec;
+use treeboot_types::{HostName, parse_size as size};
 
 use crate::keys::Keys;
 use crate::plane::user::{UserPlane, UserSettings};
 use crate::plane::{Plane, PlaneKind, Verb};
 
-/// Sizes a person may write: bytes, or with K, M, G or T (powers of 1024).
-fn size(text: &str) -> Result<u64, String> {
-    let error = || format!("'{text}' is no size; write bytes, or for instance 512M or 20G");
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'K' | 'k')) => (&text[..at], 10),
-        Some((at, 'M' | 'm')) => (&text[..at], 20),
-        Some((at, 'G' | 'g')) => (&text[..at], 30),
-        Some((at, 'T' | 't')) => (&text[..at], 40),
-        _ => (text, 0),
+/// A member of the cache group: `DIR`, or `DIR=SIZE`.
+pub(crate) fn member(text: &str) -> Result<MemberSpec, String> {
+    let (path, budget) = match text.rsplit_once('=') {
+        Some((path, budget)) => (path, Some(size(budget)?)),
+        None => (text, None),
     };
-    let number: u64 = digits.parse().map_err(|_| error())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|bytes| *bytes > 0)
-        .ok_or_else(error)
+    match path.is_empty() {
+        true => Err("give a directory, or DIR=SIZE, for instance /var/cache/treeboot=20G".into()),
+        false => Ok(MemberSpec {
+            path: path.into(),
+            budget,
+        }),
+    }
 }
 
 /// A plane's name on the command line.
@@ -110,7 +109,8 @@ impl Default for PlaneOptions {
 pub(crate) struct Places {
     pub(crate) host: HostName,
     pub(crate) state: PathBuf,
-    pub(crate) cache: PathBuf,
+    /// The user plane's members of the cache group; the first is where the kernel plane has its files.
+    pub(crate) cache: Vec<MemberSpec>,
     pub(crate) store: Option<PathBuf>,
     pub(crate) portal: SocketAddr,
     pub(crate) advertise: Option<String>,
@@ -130,6 +130,12 @@ pub enum PlaneOpenError {
     /// The kernel plane has no limits.
     #[error("the kernel plane has no --delta-limit: {0}")]
     NoLimit(&'static str),
+    /// Budgets, or several directories.
+    #[cfg(feature = "kernel-plane")]
+    #[error(
+        "the kernel plane has one cache directory without a budget (--cache DIR); its cache is set by --cache-device and --cache-size"
+    )]
+    KernelCache,
     /// The binary has no kernel plane.
     #[cfg(not(feature = "kernel-plane"))]
     #[error(
@@ -186,7 +192,10 @@ fn kernel(options: &PlaneOptions, places: Places) -> Result<Arc<dyn Plane>, Plan
         host: places.host,
         state: places.state.join("kernel"),
         deltas: options.deltas(&places.state),
-        cache: places.cache,
+        cache: match &places.cache[..] {
+            [MemberSpec { path, budget: None }] => path.clone(),
+            _ => return Err(PlaneOpenError::KernelCache),
+        },
         store: places.store,
         portals: vec![places.portal],
         advertise: places.advertise,
@@ -213,19 +222,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_powers_of_1024() {
-        for (text, bytes) in [
-            ("4096", Some(4096)),
-            ("512M", Some(512 << 20)),
-            ("2g", Some(2 << 30)),
-            ("1T", Some(1 << 40)),
-            ("", None),
-            ("G", None),
-            ("0", None),
-            ("1.5G", None),
-            ("20000000T", None),
-        ] {
-            assert_eq!(size(text).ok(), bytes, "{text}");
+    fn a_member_is_a_directory_and_perhaps_a_size() {
+        let parsed = |text| member(text).ok().map(|spec| (spec.path, spec.budget));
+        assert_eq!(parsed("cache"), Some(("cache".into(), None)));
+        assert_eq!(parsed("/a=b/c=20G"), Some(("/a=b/c".into(), Some(20 << 30))));
+        for wrong in ["", "=20G", "/a=", "/a=lots"] {
+            assert_eq!(parsed(wrong), None, "{wrong}");
         }
     }
 
@@ -239,7 +241,7 @@ mod tests {
         let places = Places {
             host: HostName::new("host").unwrap(),
             state: "/nowhere".into(),
-            cache: "/nowhere".into(),
+            cache: vec![],
             store: None,
             portal: "127.0.0.1:3260".parse().unwrap(),
             advertise: None,

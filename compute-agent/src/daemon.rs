@@ -12,6 +12,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::service::Routes;
+use treeboot_block::MemberSpec;
 use treeboot_daemon::http::{self, FaceError, Vitals};
 use treeboot_identity::gate::Gate;
 use treeboot_identity::tls::{Acceptance, Connection, Dialer, Incoming, SetupError};
@@ -70,9 +71,16 @@ pub struct Options {
     /// Hold imported images here: the host is an origin.
     #[arg(long, env = "TREEBOOT_STORE", value_name = "DIR")]
     pub store: Option<PathBuf>,
-    /// Cache images here. [default: the state directory's `cache`]
-    #[arg(long, env = "TREEBOOT_CACHE", value_name = "DIR")]
-    pub cache: Option<PathBuf>,
+    /// Cache images here, in this much of it; may be given several times. Without a size: in all the room that there is. [default: the
+    /// state directory's `cache`]
+    #[arg(
+        long,
+        env = "TREEBOOT_CACHE",
+        value_name = "DIR[=SIZE]",
+        value_delimiter = ',',
+        value_parser = choice::member
+    )]
+    pub cache: Vec<MemberSpec>,
     /// How the host proves who it is.
     #[command(flatten)]
     pub identity: IdentityOptions,
@@ -275,10 +283,7 @@ impl Daemon {
         let store = options.store.as_deref().map(absolute).transpose()?;
         let places = Places {
             host: options.name.clone(),
-            cache: match &options.cache {
-                Some(cache) => absolute(cache)?,
-                None => state.join("cache"),
-            },
+            cache: members(&options.cache, &state)?,
             state: state.clone(),
             store: store.clone(),
             portal: options.portal,
@@ -393,6 +398,22 @@ impl Daemon {
         std::fs::write(&new, text).map_err(error)?;
         std::fs::rename(&new, path).map_err(error)
     }
+}
+
+fn members(given: &[MemberSpec], state: &Path) -> Result<Vec<MemberSpec>, DaemonError> {
+    if given.is_empty() {
+        return Ok(vec![MemberSpec {
+            path: state.join("cache"),
+            budget: None,
+        }]);
+    }
+    let each = given.iter().map(|spec| {
+        Ok(MemberSpec {
+            path: absolute(&spec.path)?,
+            budget: spec.budget,
+        })
+    });
+    each.collect()
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, DaemonError> {

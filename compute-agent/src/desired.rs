@@ -18,7 +18,7 @@ use crate::planted::{Bug, planted};
 use crate::stack::{Access, Backing, Content, Sources, Wanted, WantedBase};
 
 /// How many caches of images that nothing here uses any more stay on the disk: a fleet that is stopped and started
-/// again boots warm, and the disk does not fill with every image that ever was. A cache group's budget replaces it.
+/// again boots warm, and the disk does not fill with every image that ever was. Where the cache group has a budget they go first.
 pub const KEPT_CACHES: usize = 4;
 
 /// How many moves to this host are remembered.

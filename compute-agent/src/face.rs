@@ -39,6 +39,10 @@ const ROUTES: &[Route] = &[
         .with(&[("version", "image.version")]),
     Route::new(Method::Delete, "/v1/bases/{image=image.name}", "Agent/Detach")
         .with(&[("version", "image.version")]),
+    Route::new(Method::Get, "/v1/cache", "Agent/ShowCache"),
+    Route::new(Method::Post, "/v1/cache/members", "Agent/ChangeCache"),
+    Route::new(Method::Post, "/v1/cache/pin", "Agent/PinCached"),
+    Route::new(Method::Post, "/v1/cache/drop", "Agent/DropCached"),
     Route::new(Method::Get, "/v1/vms", "Agent/ListVms"),
     Route::new(Method::Put, "/v1/vms/{vm}", "Agent/StartVm"),
     Route::new(Method::Post, "/v1/vms/{vm}/stop", "Agent/StopVm"),
@@ -73,6 +77,19 @@ impl Vitals for Life {
                 name: "room",
                 condition: condition_of(self.0.room()),
             },
+            Check {
+                name: "cache",
+                condition: match self
+                    .0
+                    .plane()
+                    .troubles()
+                    .into_iter()
+                    .find(|trouble| trouble.kind == "cache")
+                {
+                    Some(trouble) => Condition::Busy(format!("{}: {}", trouble.name, trouble.why)),
+                    None => Condition::Good,
+                },
+            },
         ]
     }
 
@@ -80,6 +97,7 @@ impl Vitals for Life {
         let status = rpc::status_of(&self.0);
         let vms = self.0.vms().await;
         let mut families = of_host(&self.0, &status);
+        families.extend(of_cache(&self.0, &status.cache_members));
         families.extend(of_bases(&status.bases));
         families.extend(of_vms(&self.0, &vms));
         families
@@ -144,6 +162,54 @@ fn of_host(host: &Host, status: &v1::StatusResponse) -> Vec<Family> {
             "treeboot_agent_room_size_bytes",
             "The size of that file system.",
             room.map(|room| (Labels::new(), room.size_bytes as f64)),
+        ),
+    ]
+}
+
+#[allow(clippy::cast_precision_loss, reason = "a figure for people")]
+fn of_cache(host: &Host, members: &[v1::CacheMember]) -> Vec<Family> {
+    let Ok(view) = host.show_cache() else {
+        return Vec::new();
+    };
+    let each = |pick: fn(&v1::CacheMember) -> f64| {
+        let figures = members.iter();
+        figures.map(move |member| {
+            (
+                vec![("directory", member.directory.clone())] as Labels,
+                pick(member),
+            )
+        })
+    };
+    vec![
+        Family::gauges(
+            "treeboot_agent_cache_member_failed",
+            "1 where a directory of the cache group is not used any more because its I/O failed.",
+            each(|member| f64::from(u8::from(member.state() == v1::CacheMemberState::Failed))),
+        ),
+        Family::gauges(
+            "treeboot_agent_cache_member_used_bytes",
+            "Bytes of a directory of the cache group.",
+            each(|member| member.used_bytes as f64),
+        ),
+        Family::gauges(
+            "treeboot_agent_cache_member_budget_bytes",
+            "What it may hold; 0: all the room that there is.",
+            each(|member| member.budget_bytes as f64),
+        ),
+        Family::counter(
+            "treeboot_agent_cache_hits_total",
+            "Chunk-sized parts of reads that the cache group had.",
+            view.group.hits as f64,
+        ),
+        Family::counter(
+            "treeboot_agent_cache_misses_total",
+            "Chunks that were fetched because the cache group did not have them.",
+            view.group.misses as f64,
+        ),
+        Family::counter(
+            "treeboot_agent_cache_evicted_bytes_total",
+            "What went from the cache group for other content, or was dropped.",
+            view.group.evicted_bytes as f64,
         ),
     ]
 }

@@ -17,7 +17,7 @@ pub use placement::{
     AttachState, Attachment, BadParent, Child, Endpoint, Fault, HostInfo, Image, Labels, Origin, Parent,
     PathPolicy, Placement, PlaneKind, Portal, PortalError, StripePlacement,
 };
-pub use unit::{Digest, DigestError, Epoch, StripeIndex, Tick};
+pub use unit::{Digest, DigestError, Epoch, StripeIndex, Tick, parse_size};
 pub use url::{IscsiUrl, IscsiUrlError};
 
 /// The TCP port that IANA assigned to iSCSI targets (RFC 7143 §4.2.7.1).

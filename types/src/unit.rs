@@ -121,6 +121,26 @@ impl From<Digest> for String {
     }
 }
 
+/// A size as a person may write it: bytes, or with K, M, G or T (powers of 1024). In bytes, more than none.
+///
+/// # Errors
+/// It is none; the text says what one looks like.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let error = || format!("'{text}' is no size; write bytes, or for instance 512M or 20G");
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| error())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(error)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,6 +165,23 @@ mod tests {
         assert_eq!(text.parse::<Digest>().unwrap().to_string(), text);
         for bad in ["", "00", &"0g".repeat(32), &"é".repeat(32)] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        for (text, bytes) in [
+            ("4096", Some(4096)),
+            ("512M", Some(512 << 20)),
+            ("2g", Some(2 << 30)),
+            ("1T", Some(1 << 40)),
+            ("", None),
+            ("G", None),
+            ("0", None),
+            ("1.5G", None),
+            ("20000000T", None),
+        ] {
+            assert_eq!(parse_size(text).ok(), bytes, "{text}");
         }
     }
 }

@@ -55,6 +55,18 @@ impl Bitmap {
         })
     }
 
+    /// Clears `first..=last`; calls `cleared` for each bit that was set.
+    pub(super) fn clear_range(&self, first: u64, last: u64, mut cleared: impl FnMut(u64)) {
+        (first..=last)
+            .filter(|&bit| self.clear(bit))
+            .for_each(&mut cleared);
+    }
+
+    /// How many bits of `first..=last` are set.
+    pub(super) fn count_range(&self, first: u64, last: u64) -> u64 {
+        (first..=last).filter(|&bit| self.get(bit)).count() as u64
+    }
+
     /// The word of the file that holds `bit`: where in bytes, and its bytes.
     pub(super) fn word_of(&self, bit: u64) -> (u64, [u8; 8]) {
         let index = bit / 64;

@@ -59,7 +59,6 @@ pub(super) struct Counters {
     pub(super) bad_chunks: AtomicU64,
     pub(super) damaged_chunks: AtomicU64,
     pub(super) zero_chunks: AtomicU64,
-    pub(super) cached_bytes: AtomicU64,
     pub(super) uncached_bytes: AtomicU64,
     pub(super) longest_stall_us: AtomicU64,
 }
@@ -81,7 +80,7 @@ impl Counters {
         self.longest_stall_us.fetch_max(us, Ordering::Relaxed);
     }
 
-    pub(super) fn snapshot(&self, access: &AccessMap) -> CacheCounters {
+    pub(super) fn snapshot(&self, access: &AccessMap, cached_bytes: u64) -> CacheCounters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         CacheCounters {
             guest_read_bytes: get(&self.guest_read_bytes),
@@ -96,7 +95,7 @@ impl Counters {
             bad_chunks: get(&self.bad_chunks),
             damaged_chunks: get(&self.damaged_chunks),
             zero_chunks: get(&self.zero_chunks),
-            cached_bytes: get(&self.cached_bytes),
+            cached_bytes,
             uncached_bytes: get(&self.uncached_bytes),
             longest_stall_us: get(&self.longest_stall_us),
         }

@@ -49,9 +49,9 @@ fn pieces(region: Region, unit: u64, offset: u64, bytes: usize) -> impl Iterator
 }
 
 impl ChunkCache {
-    async fn ask(&self, key: Key) -> Result<oneshot::Receiver<Answer>, BlockError> {
+    async fn ask(&self, key: Key, bytes: bool) -> Result<oneshot::Receiver<Answer>, BlockError> {
         let (reply, answer) = oneshot::channel();
-        match self.requests.send(Request::Load { key, reply }).await {
+        match self.requests.send(Request::Load { key, bytes, reply }).await {
             Ok(()) => Ok(answer),
             Err(_) => Err(closed()),
         }
@@ -73,34 +73,60 @@ impl ChunkCache {
                 continue;
             }
             if shared.is_ready(piece.key) || shared.check_now(piece.key) {
-                self.hit(region);
                 asked.push((piece, None));
             } else {
-                let answer = self.ask(piece.key).await?;
+                let answer = self.ask(piece.key, false).await?;
                 asked.push((piece, Some(answer)));
             }
         }
         for (piece, answer) in asked {
+            let hit = answer.is_none();
             if let Some(answer) = answer
                 && let Some(bytes) = answer.await.map_err(|_| closed())??
             {
                 copy(&bytes, &piece, buf);
                 continue;
             }
-            let at = offset + piece.at.start as u64;
-            let storage = &shared.half(region).storage;
-            let read = read_storage(storage, at, at, &mut buf[piece.at.clone()]).await;
-            if read.is_ok() {
+            if self.read_piece(offset, &piece, buf).await {
+                if hit {
+                    self.hit(region);
+                }
                 continue;
             }
-            // The disk under the cache fails: the bytes are fetched again instead.
-            shared.set_damaged(piece.key);
-            match self.ask(piece.key).await?.await.map_err(|_| closed())?? {
+            // It went, or the disk under the cache fails: the bytes themselves are asked for.
+            match self.ask(piece.key, true).await?.await.map_err(|_| closed())?? {
                 Some(bytes) => copy(&bytes, &piece, buf),
-                None => read_storage(storage, at, at, &mut buf[piece.at]).await?,
+                None => return Err(closed()),
             }
         }
         Ok(())
+    }
+
+    /// Fills the piece's part of `buf` from the file, if the piece is there and still is afterwards.
+    async fn read_piece(&self, offset: u64, piece: &Piece, buf: &mut [u8]) -> bool {
+        let shared = &self.shared;
+        let Some(located) = shared
+            .held
+            .locate(piece.key)
+            .filter(|_| shared.is_ready(piece.key))
+        else {
+            return false;
+        };
+        let at = offset + piece.at.start as u64;
+        let storage = located.part.storage(piece.key.region);
+        match read_storage(storage, at, at, &mut buf[piece.at.clone()]).await {
+            Ok(()) if shared.held.is_still(piece.key, &located) => {
+                if piece.key.region == Region::Data {
+                    shared.held.touch(piece.key, &located);
+                }
+                true
+            }
+            Ok(()) => false,
+            Err(error) => {
+                shared.read_failed(piece.key, &located, &error);
+                false
+            }
+        }
     }
 
     fn hit(&self, region: Region) {
@@ -153,12 +179,9 @@ impl BlockDevice for BaseDevice {
         }
         let chunk = u64::from(shared.content.chunk_bytes);
         let (first, last) = (offset / chunk, (offset + bytes - 1) / chunk);
-        if shared.all_ready(Region::Data, first, last) {
-            let storage = &shared.half(Region::Data).storage;
-            if matches!(storage.try_read_at(offset, buf), Ok(Some(()))) {
-                add(&shared.counters.chunk_hits, last - first + 1);
-                return blocking::ready(Ok(()));
-            }
+        if shared.held.read_now(Region::Data, chunk, offset, buf) {
+            add(&shared.counters.chunk_hits, last - first + 1);
+            return blocking::ready(Ok(()));
         }
         Box::pin(async move {
             let begun = Instant::now();
@@ -260,12 +283,8 @@ impl BlockDevice for HashDevice {
         }
         let shared = &self.cache.shared;
         add(&shared.counters.hash_read_bytes, bytes);
-        let (first, last) = (offset / BLOCK, (offset + bytes - 1) / BLOCK);
-        if first != SUPERBLOCK && shared.all_ready(Region::Hash, first, last) {
-            let storage = &shared.half(Region::Hash).storage;
-            if matches!(storage.try_read_at(offset, buf), Ok(Some(()))) {
-                return blocking::ready(Ok(()));
-            }
+        if offset / BLOCK != SUPERBLOCK && shared.held.read_now(Region::Hash, BLOCK, offset, buf) {
+            return blocking::ready(Ok(()));
         }
         Box::pin(self.cache.read_pieces(Region::Hash, BLOCK, offset, buf))
     }

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use treeboot_types::Digest;
 
 use super::counters::add;
+use super::group::Located;
 use super::owner::Request;
 use super::shared::{Key, Shared, matches, zero_digest};
 use super::{FetchError, Fetched, Region, SourceId};
@@ -60,15 +61,18 @@ impl Job {
             let store = !shared.is_ready(key);
             return Ok(Loaded { bytes, store });
         }
-        if shared.is_present(key) {
+        if shared.held.locate(key).is_some() {
             let expected = self.expected(key).await?;
-            if let Some(bytes) = self.read_file(key).await
-                && matches(&bytes, &expected)
+            // Located again: what was found before the wait may be elsewhere.
+            if let Some(located) = shared.held.locate(key)
+                && let Some(bytes) = self.read_file(key, &located).await
             {
-                shared.set_ready(key);
-                return Ok(self.loaded(key, bytes, false));
+                if matches(&bytes, &expected) {
+                    shared.group.confirm(&shared.held, key, &located);
+                    return Ok(self.loaded(key, bytes, false));
+                }
+                shared.set_damaged(key, &located);
             }
-            shared.set_damaged(key);
         }
         if let Some(expected) = shared.expected_now(key)
             && key.region == Region::Data
@@ -80,6 +84,7 @@ impl Job {
         }
         if key.region == Region::Data {
             add(&shared.counters.chunk_misses, 1);
+            add(&shared.group.misses, 1);
         }
         let bytes = self.fetch_checked(key).await?;
         Ok(self.loaded(key, bytes, true))
@@ -92,15 +97,19 @@ impl Job {
         Loaded { bytes, store }
     }
 
-    async fn read_file(&self, key: Key) -> Option<Bytes> {
-        let storage = Arc::clone(&self.shared.half(key.region).storage);
+    /// What is in the file, unless it cannot be read; then nobody looks there again.
+    async fn read_file(&self, key: Key, located: &Located) -> Option<Bytes> {
         let (offset, length) = self.shared.span(key);
         let mut bytes = vec![0; length as usize];
-        let read = blocking::read_storage(&storage, offset, offset, &mut bytes).await;
-        if let Err(error) = &read {
-            tracing::warn!(region = ?key.region, offset, %error, "the cache's file cannot be read");
+        let storage = located.part.storage(key.region);
+        match blocking::read_storage(storage, offset, offset, &mut bytes).await {
+            Ok(()) => Some(bytes.into()),
+            Err(error) => {
+                tracing::warn!(region = ?key.region, offset, %error, "the cache's file cannot be read");
+                self.shared.read_failed(key, located, &error);
+                None
+            }
         }
-        read.is_ok().then(|| bytes.into())
     }
 
     /// The digests of the key's 4 KiB blocks, from checked hash blocks.
@@ -135,19 +144,14 @@ impl Job {
         let key = Key::hash(block);
         let (reply, answer) = oneshot::channel();
         let gone = || LoadError::Unavailable("the cache is being closed".into());
-        self.inner
-            .send(Request::Load { key, reply })
-            .map_err(|_| gone())?;
-        match answer.await.map_err(|_| gone())?? {
-            Some(bytes) => Ok(bytes),
-            None => {
-                let bytes = self.read_file(key).await.ok_or_else(|| {
-                    LoadError::Unavailable(format!("the hash file cannot be read at block {block}"))
-                })?;
-                self.shared.remember_hash_block(block, bytes.clone());
-                Ok(bytes)
-            }
-        }
+        let request = Request::Load {
+            key,
+            bytes: true,
+            reply,
+        };
+        self.inner.send(request).map_err(|_| gone())?;
+        let bytes = answer.await.map_err(|_| gone())??;
+        bytes.ok_or_else(|| LoadError::Unavailable(format!("the hash block {block} was not handed over")))
     }
 
     async fn fetch_checked(&self, key: Key) -> Result<Bytes, LoadError> {

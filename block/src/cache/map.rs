@@ -9,6 +9,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use treeboot_types::Digest;
+
 use super::bitmap::Bitmap;
 use super::{CacheError, ImageContent, Region};
 use crate::storage::Storage;
@@ -25,6 +27,7 @@ const USED: usize = 8 + 4 + 4 + 32 + 8;
 pub(super) struct PresentMap {
     storage: Arc<dyn Storage>,
     hash_offset: u64,
+    bytes: u64,
 }
 
 /// What the file said when it was opened.
@@ -46,10 +49,10 @@ impl PresentMap {
             source,
         };
         let chunks = content.chunks();
-        let data_bytes = chunks.div_ceil(8).next_multiple_of(4096);
-        let hash_bytes = layout.hash_blocks().div_ceil(8).next_multiple_of(4096);
+        let (data_bytes, hash_bytes) = bitmap_bytes(content, layout);
         let map = Self {
             hash_offset: HEADER_BYTES + data_bytes,
+            bytes: Self::bytes_for(content, layout),
             storage,
         };
         let expected = header(content);
@@ -62,7 +65,7 @@ impl PresentMap {
             }
             // Empty before it has a header again, so that no old bit comes back after a crash between the two.
             map.storage.set_len(0).map_err(io)?;
-            map.storage.set_len(map.hash_offset + hash_bytes).map_err(io)?;
+            map.storage.set_len(map.bytes).map_err(io)?;
             map.storage.write_at(0, &expected).map_err(io)?;
         }
         let read = |offset, bytes: u64| -> io::Result<Vec<u8>> {
@@ -79,6 +82,34 @@ impl PresentMap {
         Ok((map, present))
     }
 
+    /// The length of the file.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The length of an image's file.
+    pub(super) fn bytes_for(content: &ImageContent, layout: &VerityLayout) -> u64 {
+        let (data, hash) = bitmap_bytes(content, layout);
+        HEADER_BYTES + data + hash
+    }
+
+    /// Which image a file is of; `None` where it is not whole, or of another format.
+    pub(super) fn content(storage: &dyn Storage) -> io::Result<Option<ImageContent>> {
+        let mut found = [0; USED + 32];
+        storage.read_at(0, &mut found)?;
+        let (_, rest) = found.split_at(8 + 4);
+        let (chunk_bytes, rest) = rest.split_at(4);
+        let (digest, rest) = rest.split_at(32);
+        let parsed = (|| {
+            Some(ImageContent {
+                digest: Digest(digest.try_into().ok()?),
+                bytes: u64::from_le_bytes(*rest.first_chunk()?),
+                chunk_bytes: u32::from_le_bytes(*chunk_bytes.first_chunk()?),
+            })
+        })();
+        Ok(parsed.filter(|content| found[..] == header(content)[..]))
+    }
+
     /// Writes the word of `bitmap` that holds `bit`.
     pub(super) fn write(&self, region: Region, bitmap: &Bitmap, bit: u64) -> io::Result<()> {
         let start = match region {
@@ -88,6 +119,12 @@ impl PresentMap {
         let (offset, word) = bitmap.word_of(bit);
         self.storage.write_at(start + offset, &word)
     }
+}
+
+/// How long the two bitmaps are.
+fn bitmap_bytes(content: &ImageContent, layout: &VerityLayout) -> (u64, u64) {
+    let padded = |bits: u64| bits.div_ceil(8).next_multiple_of(4096);
+    (padded(content.chunks()), padded(layout.hash_blocks()))
 }
 
 fn header(content: &ImageContent) -> [u8; USED + 32] {

@@ -11,11 +11,15 @@
 //! Memory: one bit for each chunk twice, one for each 4 KiB of data (the guests' access map), and two for each hash
 //! block: 37 KiB for each GiB of image at 64 KiB chunks, and at most 4 MiB of hash blocks.
 //!
-//! Deliberately absent: writes, networks ([`ChunkSource`] has them), eviction.
+//! What is in which file, and what goes when there is no more room, is the [`group`]'s: a directory alone is a group of one without a
+//! limit.
+//!
+//! Deliberately absent: writes, networks ([`ChunkSource`] has them).
 
 mod bitmap;
 mod counters;
 mod device;
+pub mod group;
 mod load;
 mod map;
 mod owner;
@@ -26,6 +30,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -35,6 +40,7 @@ use treeboot_types::{Digest, VERITY_BLOCK_BYTES};
 use crate::BlockDevice;
 use crate::storage::{FileStorage, OpenMode, Storage};
 use device::{BaseDevice, HashDevice};
+use group::{CacheGroup, Held};
 use owner::{Owner, Request};
 use shared::Shared;
 
@@ -353,10 +359,42 @@ impl ChunkCache {
         options: CacheOptions,
     ) -> Result<Arc<Self>, CacheError> {
         content.check()?;
-        let shared = Arc::new(Shared::open(files, content, source, options)?);
+        let (group, held) = CacheGroup::solitary(files, content, &options)?;
+        Ok(Self::start(group, held, source, options))
+    }
+
+    /// Opens the cache that a group has of an image: what is there, and room for more. Blocks for a few file operations.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    ///
+    /// # Panics
+    /// As `open`.
+    pub fn open_in(
+        group: &Arc<CacheGroup>,
+        content: ImageContent,
+        source: Arc<dyn ChunkSource>,
+    ) -> Result<Arc<Self>, CacheError> {
+        content.check()?;
+        let held = group.hold(content)?;
+        Ok(Self::start(
+            Arc::clone(group),
+            held,
+            source,
+            CacheOptions::default(),
+        ))
+    }
+
+    fn start(
+        group: Arc<CacheGroup>,
+        held: Held,
+        source: Arc<dyn ChunkSource>,
+        options: CacheOptions,
+    ) -> Arc<Self> {
+        let shared = Arc::new(Shared::new(group, held, source, options));
         let (requests, incoming) = mpsc::channel(owner::REQUESTS);
         tokio::spawn(Owner::new(Arc::clone(&shared), incoming).run());
-        Ok(Arc::new(Self { shared, requests }))
+        Arc::new(Self { shared, requests })
     }
 
     /// The image's data as a read-only device, LUN 0; what is read through it counts for `reader`.
@@ -376,7 +414,8 @@ impl ChunkCache {
 
     /// The counts since it was opened.
     pub fn counters(&self) -> CacheCounters {
-        self.shared.counters.snapshot(&self.shared.access)
+        let cached_bytes = self.shared.held.cached.load(Ordering::Relaxed);
+        self.shared.counters.snapshot(&self.shared.access, cached_bytes)
     }
 
     /// The 4 KiB blocks that guests asked for, as runs (first, count), in the order of their first reading.

@@ -30,6 +30,8 @@ pub(super) type Answer = Result<Option<Bytes>, LoadError>;
 pub(super) enum Request {
     Load {
         key: Key,
+        /// The bytes are wanted even if they are in the file.
+        bytes: bool,
         reply: oneshot::Sender<Answer>,
     },
     Quiesce(oneshot::Sender<()>),
@@ -100,7 +102,7 @@ impl Owner {
         let mut open = true;
         while open || !self.idle() {
             match self.next(open).await {
-                Event::Request(Request::Load { key, reply }) => self.asked(key, reply),
+                Event::Request(Request::Load { key, bytes, reply }) => self.asked(key, bytes, reply),
                 Event::Request(Request::Quiesce(reply)) => self.quiesce.push(reply),
                 Event::Loaded(id, result) => self.loaded(id, result),
                 Event::Stored(stored) => self.stored(stored),
@@ -149,9 +151,9 @@ impl Owner {
         }
     }
 
-    fn asked(&mut self, key: Key, reply: oneshot::Sender<Answer>) {
+    fn asked(&mut self, key: Key, bytes: bool, reply: oneshot::Sender<Answer>) {
         // Whoever no longer waits does not mind; hence the results of `send` are dropped below.
-        if self.shared.is_ready(key) {
+        if !bytes && self.shared.is_ready(key) {
             let _gone = reply.send(Ok(None));
             return;
         }

@@ -1,4 +1,4 @@
-//! What readers, jobs and the owner share: files, bitmaps, verified hash blocks.
+//! What readers, jobs and the owner share: what is held of the image, verified hash blocks.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -9,14 +9,9 @@ use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use treeboot_types::Digest;
 
-use super::bitmap::Bitmap;
 use super::counters::{AccessMap, Counters, add};
-use super::map::{Present, PresentMap};
-use super::{
-    CacheError, CacheFiles, CacheOptions, ChunkSource, Completeness, DATA_FILE, HASH_FILE, ImageContent,
-    PRESENT_FILE, Region,
-};
-use crate::storage::{Storage, is_full};
+use super::group::{CacheGroup, Held, Located};
+use super::{CacheOptions, ChunkSource, ImageContent, Region};
 use crate::verity::{BLOCK_LEN, HashBlock, Parent, VerityLayout, digest_in, sha256};
 
 /// Hash blocks kept in memory: 4 MiB, the digests of 512 MiB of data. It is what makes a cache without room for its
@@ -46,23 +41,13 @@ impl Key {
     }
 }
 
-/// One of the two regions.
-pub(super) struct Half {
-    pub(super) storage: Arc<dyn Storage>,
-    /// In the file, as far as is known.
-    present: Bitmap,
-    /// In the file and checked since the cache was opened.
-    ready: Bitmap,
-}
-
 pub(super) struct Shared {
     pub(super) content: ImageContent,
     pub(super) layout: VerityLayout,
     pub(super) options: CacheOptions,
     pub(super) superblock: Bytes,
-    data: Half,
-    hash: Half,
-    map: Option<PresentMap>,
+    pub(super) group: Arc<CacheGroup>,
+    pub(super) held: Held,
     hash_memory: Mutex<HashMemory>,
     pub(super) source: RwLock<Arc<dyn ChunkSource>>,
     pub(super) counters: Counters,
@@ -70,62 +55,17 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn open(
-        files: CacheFiles,
-        content: ImageContent,
+    pub(super) fn new(
+        group: Arc<CacheGroup>,
+        held: Held,
         source: Arc<dyn ChunkSource>,
         options: CacheOptions,
-    ) -> Result<Self, CacheError> {
-        let layout = VerityLayout::new(content.bytes);
-        for (storage, completeness, bytes, name) in [
-            (&files.data, options.data, layout.padded_bytes(), DATA_FILE),
-            (&files.hash, options.hash, layout.hash_bytes(), HASH_FILE),
-        ] {
-            let path = files.directory.join(name);
-            let io = |source| CacheError::Io {
-                path: path.clone(),
-                source,
-            };
-            let found = storage.len().map_err(io)?;
-            match completeness {
-                Completeness::All if found < bytes => {
-                    return Err(CacheError::Incomplete {
-                        path,
-                        found_bytes: found,
-                        expected_bytes: bytes,
-                    });
-                }
-                Completeness::Partial if found != bytes => storage.set_len(bytes).map_err(io)?,
-                _ => {}
-            }
-        }
-        let path = files.directory.join(PRESENT_FILE);
-        let (map, present) = match files.present {
-            None => (None, None),
-            Some(storage) => match PresentMap::open(storage, &path, &content, &layout) {
-                Ok((map, present)) => (Some(map), Some(present)),
-                // A cache without room is still a cache in memory.
-                Err(CacheError::Io { source, .. }) if is_full(&source) => (None, None),
-                Err(error) => return Err(error),
-            },
-        };
-        let Present { data, hash } = present.unwrap_or_else(|| Present {
-            data: Bitmap::new(content.chunks(), false),
-            hash: Bitmap::new(layout.hash_blocks(), false),
-        });
-        let half = |storage, completeness, bits, partial| Half {
-            storage,
-            present: match completeness {
-                Completeness::All => Bitmap::new(bits, true),
-                Completeness::Partial => partial,
-            },
-            ready: Bitmap::new(bits, false),
-        };
-        let shared = Self {
+    ) -> Self {
+        let (content, layout) = (held.content, held.layout);
+        Self {
             superblock: Bytes::copy_from_slice(&layout.superblock(&content.digest)),
-            data: half(files.data, options.data, content.chunks(), data),
-            hash: half(files.hash, options.hash, layout.hash_blocks(), hash),
-            map,
+            group,
+            held,
             hash_memory: Mutex::default(),
             source: RwLock::new(source),
             counters: Counters::default(),
@@ -133,67 +73,33 @@ impl Shared {
             content,
             layout,
             options,
-        };
-        add(&shared.counters.cached_bytes, shared.present_bytes());
-        Ok(shared)
-    }
-
-    fn present_bytes(&self) -> u64 {
-        let whole = self.data.present.count() * u64::from(self.content.chunk_bytes);
-        let last = Key::data(self.content.chunks() - 1);
-        let missing = u64::from(self.content.chunk_bytes) - u64::from(self.span(last).1);
-        if self.data.present.get(last.index) {
-            whole - missing
-        } else {
-            whole
-        }
-    }
-
-    pub(super) fn half(&self, region: Region) -> &Half {
-        match region {
-            Region::Data => &self.data,
-            Region::Hash => &self.hash,
         }
     }
 
     /// Where on its device, in bytes, and how long.
     pub(super) fn span(&self, key: Key) -> (u64, u32) {
-        match key.region {
-            Region::Data => {
-                let chunk = u64::from(self.content.chunk_bytes);
-                let offset = key.index * chunk;
-                (offset, (self.content.bytes - offset).min(chunk) as u32)
-            }
-            Region::Hash => (key.index * BLOCK_LEN as u64, BLOCK_LEN as u32),
-        }
+        self.held.span(key)
     }
 
     pub(super) fn is_ready(&self, key: Key) -> bool {
-        self.half(key.region).ready.get(key.index)
+        self.held.is_ready(key)
     }
 
-    pub(super) fn all_ready(&self, region: Region, first: u64, last: u64) -> bool {
-        self.half(region).ready.all(first, last)
-    }
-
-    pub(super) fn is_present(&self, key: Key) -> bool {
-        self.half(key.region).present.get(key.index)
-    }
-
-    /// What the file holds is right.
-    pub(super) fn set_ready(&self, key: Key) {
-        self.half(key.region).ready.set(key.index);
-    }
-
-    /// What the file holds is wrong, or cannot be read. Its bit in the map's file stays until the chunk is stored anew: it is a hint.
-    pub(super) fn set_damaged(&self, key: Key) {
-        self.half(key.region).ready.clear(key.index);
-        if self.half(key.region).present.clear(key.index) && key.region == Region::Data {
-            let bytes = u64::from(self.span(key).1);
-            self.counters
-                .cached_bytes
-                .fetch_sub(bytes, std::sync::atomic::Ordering::Relaxed);
+    /// What a file holds is wrong.
+    pub(super) fn set_damaged(&self, key: Key, located: &Located) {
+        if self.group.damaged(&self.held, key, located) {
+            self.tell_damage(key);
         }
+    }
+
+    /// What a file holds cannot be read.
+    pub(super) fn read_failed(&self, key: Key, located: &Located, error: &dyn std::error::Error) {
+        if self.group.read_failed(&self.held, key, located, error) {
+            self.tell_damage(key);
+        }
+    }
+
+    fn tell_damage(&self, key: Key) {
         add(&self.counters.damaged_chunks, 1);
         let (offset, _) = self.span(key);
         tracing::warn!(
@@ -202,24 +108,9 @@ impl Shared {
         );
     }
 
-    /// Writes checked bytes to the file, then to the map. Blocks.
+    /// Writes checked bytes to where there is room, then to the map. Blocks.
     pub(super) fn store(&self, key: Key, bytes: &[u8]) -> io::Result<()> {
-        let half = self.half(key.region);
-        let (offset, length) = self.span(key);
-        let zero = key.region == Region::Data && bytes.iter().all(|&byte| byte == 0);
-        // Sparse stays sparse; a punch also removes what a damaged chunk has left.
-        if !zero || half.storage.punch(offset, u64::from(length)).is_err() {
-            half.storage.write_at(offset, bytes)?;
-        }
-        if half.present.set(key.index) && key.region == Region::Data {
-            add(&self.counters.cached_bytes, u64::from(length));
-        }
-        half.ready.set(key.index);
-        if let Some(map) = &self.map {
-            // A map that cannot be written costs a fetch after the next start, nothing now.
-            let _only_a_hint = map.write(key.region, &half.present, key.index);
-        }
-        Ok(())
+        self.group.store(&self.held, key, bytes)
     }
 
     /// A checked hash block, if it can be had without waiting. One that is in the file is checked here and now, with
@@ -232,10 +123,8 @@ impl Shared {
         if !self.is_ready(key) && !self.check_now(key) {
             return None;
         }
-        let mut bytes = vec![0; BLOCK_LEN];
-        let (offset, _) = self.span(key);
-        self.hash.storage.try_read_at(offset, &mut bytes).ok()??;
-        let bytes = Bytes::from(bytes);
+        let located = self.held.locate(key)?;
+        let bytes = Bytes::from(self.read_located(key, &located)?);
         self.remember_hash_block(block, bytes.clone());
         Some(bytes)
     }
@@ -287,20 +176,30 @@ impl Shared {
     /// Whether a chunk or hash block in the file is right, if that can be found out without waiting; a right one is
     /// ready then.
     pub(super) fn check_now(&self, key: Key) -> bool {
-        if !self.is_present(key) {
+        let Some(located) = self.held.locate(key) else {
             return false;
-        }
+        };
         let Some(expected) = self.expected_now(key) else {
             return false;
         };
-        let (offset, length) = self.span(key);
-        let mut bytes = vec![0; length as usize];
-        let read = self.half(key.region).storage.try_read_at(offset, &mut bytes);
-        let right = matches!(read, Ok(Some(()))) && matches(&bytes, &expected);
+        let bytes = self.read_located(key, &located);
+        let right = bytes.is_some_and(|bytes| matches(&bytes, &expected));
         if right {
-            self.set_ready(key);
+            self.group.confirm(&self.held, key, &located);
         }
         right
+    }
+
+    /// What is there, if it can be read without waiting and is still there afterwards.
+    fn read_located(&self, key: Key, located: &Located) -> Option<Vec<u8>> {
+        let (offset, length) = self.span(key);
+        let mut bytes = vec![0; length as usize];
+        located
+            .part
+            .storage(key.region)
+            .try_read_at(offset, &mut bytes)
+            .ok()??;
+        self.held.is_still(key, located).then_some(bytes)
     }
 }
 

@@ -636,6 +636,18 @@ impl Agent for FakeAgent {
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Answer<v1::DescribeResponse> {
         unused()
     }
+    async fn show_cache(&self, _: Request<v1::ShowCacheRequest>) -> Answer<v1::CacheReport> {
+        unused()
+    }
+    async fn change_cache(&self, _: Request<v1::ChangeCacheRequest>) -> Answer<v1::CacheReport> {
+        unused()
+    }
+    async fn pin_cached(&self, _: Request<v1::PinCachedRequest>) -> Answer<v1::CacheReport> {
+        unused()
+    }
+    async fn drop_cached(&self, _: Request<v1::DropCachedRequest>) -> Answer<v1::DropCachedResponse> {
+        unused()
+    }
     async fn check_delta(&self, _: Request<v1::CheckDeltaRequest>) -> Answer<v1::CheckDeltaResponse> {
         unused()
     }

@@ -141,6 +141,14 @@ pub enum HostError {
         /// Why, and what to do instead.
         why: &'static str,
     },
+    /// The cache group.
+    #[error("the cache of host '{host}': {source}")]
+    Cache {
+        /// This host.
+        host: String,
+        /// The reason.
+        source: crate::plane::caching::CachingError,
+    },
     /// The VM is known, but its disk is not there.
     #[error("VM '{vm}' has no disk on host '{host}'; `treeboot vm create {vm}` makes one")]
     NoDisk {

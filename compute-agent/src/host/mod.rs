@@ -5,6 +5,7 @@
 //! gRPC (that is `rpc`) and anything only one plane knows.
 
 mod base;
+mod cache;
 mod error;
 mod export;
 mod layers;
@@ -52,6 +53,7 @@ use base::{BaseMsg, BaseOwner, Hold};
 use view::{Board, View};
 use vm::{VmHandle, VmMsg};
 
+pub use cache::{CacheChange, CacheView, CachedImage};
 pub use error::{HostError, chain};
 pub use export::{ExportRequest, Exported};
 pub use limits::{DiskOptions, LimitLevel, Limited};
@@ -256,12 +258,7 @@ impl Host {
         host.shared.tasks.spawn(async move { rekeyed.rekey().await });
         let prober = host.clone();
         host.shared.tasks.spawn(async move { prober.probe().await });
-        let watcher = host.clone();
-        host.shared.tasks.spawn(async move { watcher.watch_room().await });
-        let limits = host.clone();
-        host.shared
-            .tasks
-            .spawn(async move { limits.watch_limits().await });
+        host.shared.tasks.spawn(host.clone().watch());
         let doctor = host.clone();
         host.shared
             .tasks

@@ -142,6 +142,10 @@ impl Plane for FaultyPlane {
         self.inner.arrivals(owned)
     }
 
+    fn cache(&self) -> Option<&Arc<super::caching::Caching>> {
+        self.inner.cache()
+    }
+
     fn troubles(&self) -> Vec<Trouble> {
         self.inner.troubles()
     }

@@ -3,6 +3,7 @@
 //! A plane carries out [`Step`]s and says what it finds; it chooses nothing and remembers nothing that is not on the
 //! host itself. Deliberately absent: the coordinator, VMs, and any order between steps (that is the planner's).
 
+pub mod caching;
 pub mod faulty;
 #[cfg(feature = "kernel-plane")]
 pub mod kernel;
@@ -54,6 +55,8 @@ pub enum Verb {
     Migrate,
     /// A limit of what a VM writes.
     Limit,
+    /// A look at the cache group, and a change of what is in it.
+    Cache,
 }
 
 impl Verb {
@@ -75,6 +78,11 @@ impl Verb {
                  need, and '--delta-step' says how fast. Run the VM on a host of the user plane",
             ),
             (PlaneKind::Model, Self::Limit) => None,
+            (PlaneKind::Kernel, Self::Cache) => Some(
+                "bcache and dm-cache choose by themselves what they keep; give the agent other devices with --cache-device, or run a host of the \
+                 user plane",
+            ),
+            (PlaneKind::Model, Self::Cache) => Some("a model caches nothing; use a real plane"),
             (PlaneKind::Model, _) => Some("a model has no layers; use a real plane"),
         }
     }
@@ -88,6 +96,7 @@ impl Verb {
             Self::Export => "export",
             Self::Migrate => "migrate",
             Self::Limit => "a limit of what a VM writes",
+            Self::Cache => "cache",
         }
     }
 }
@@ -423,6 +432,11 @@ pub trait Plane: Send + Sync + 'static {
     fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, BTreeSet<(VmName, u64)>> {
         let _ = owned;
         Box::pin(async { Ok(BTreeSet::new()) })
+    }
+
+    /// The host's cache group, where this process has it.
+    fn cache(&self) -> Option<&Arc<caching::Caching>> {
+        None
     }
 
     /// What does not work as it was set at the moment, for a person.

@@ -121,7 +121,13 @@ fn what_a_plane_refuses_stands_in_the_docs() {
     use super::{PlaneKind, Verb};
     let docs = include_str!("../../../docs/verbs.md");
     let kernel = |verb: Verb| verb.refusal(PlaneKind::Kernel);
-    for verb in [Verb::Snapshot, Verb::CheckDelta, Verb::Clone, Verb::Migrate] {
+    for verb in [
+        Verb::Snapshot,
+        Verb::CheckDelta,
+        Verb::Clone,
+        Verb::Migrate,
+        Verb::Cache,
+    ] {
         assert!(verb.refusal(PlaneKind::User).is_none(), "{verb:?}");
         assert!(kernel(verb).is_some(), "{verb:?}");
         assert!(docs.contains(&format!("`{}`", verb.name())), "{verb:?}");

@@ -131,6 +131,10 @@ pub(crate) fn status(host: &Host) -> v1::StatusResponse {
         bases,
         store,
         cache_used_bytes,
+        cache_members: host
+            .show_cache()
+            .map(|view| view.group.members.iter().map(super::cache::member).collect())
+            .unwrap_or_default(),
         uptime_ms: host.uptime().as_millis() as u64,
         room: host.room().map(|room| v1::Room {
             free_bytes: room.free_bytes,

@@ -1,5 +1,7 @@
 //! The `Agent` service: messages become types here, and errors become statuses, and nowhere else.
 
+mod cache;
+mod code;
 mod convert;
 mod streams;
 
@@ -8,7 +10,6 @@ pub(crate) use convert::status as status_of;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
-use treeboot_block::LayerError;
 use treeboot_identity::gate::Caller;
 use treeboot_identity::{Role, Who};
 use treeboot_proto::v1;
@@ -16,10 +17,8 @@ use treeboot_proto::v1::agent_server::Agent;
 use treeboot_proto::{image_id, image_id_or_newest};
 use treeboot_types::{ImageRef, Iqn, SnapshotName, VmName};
 
-use crate::host::{DiskOptions, Host, HostError, Limited, chain};
-use crate::link::LinkError;
-use crate::plane::{DiskPlace, PlaneError};
-use crate::store::StoreError;
+use crate::host::{CacheChange, DiskOptions, Host, HostError, Limited, chain};
+use crate::plane::DiskPlace;
 
 /// The service over one host.
 pub struct Service {
@@ -152,102 +151,11 @@ fn vm_name(name: &str) -> Result<VmName, Status> {
 /// An error as a status: the code for programs, the whole chain of reasons for people.
 pub(crate) fn status(error: HostError) -> Status {
     use tonic::Code;
-    let code = code(&error);
+    let code = code::of(&error);
     if matches!(code, Code::Internal) {
         tracing::error!(error = %chain(&error), "a verb failed");
     }
     Status::new(code, chain(&error))
-}
-
-fn code(error: &HostError) -> tonic::Code {
-    use tonic::Code;
-    match error {
-        HostError::UnknownVm { .. }
-        | HostError::NoDisk { .. }
-        | HostError::NotAttached { .. }
-        | HostError::Store(StoreError::NotStored { .. }) => Code::NotFound,
-        HostError::VmExists { .. } | HostError::ImageExists { .. } => Code::AlreadyExists,
-        HostError::ImageInUse { .. }
-        | HostError::NoHypervisor { .. }
-        | HostError::NotOnPlane { .. }
-        | HostError::DiskInUse { .. }
-        | HostError::Moving { .. }
-        | HostError::VmRuns { .. }
-        | HostError::Store(StoreError::NoStore { .. } | StoreError::Elsewhere { .. }) => {
-            Code::FailedPrecondition
-        }
-        HostError::Link(LinkError::Unavailable { .. })
-        | HostError::NotReadable { .. }
-        | HostError::Undecided { .. }
-        | HostError::Stopping { .. }
-        | HostError::Store(StoreError::Unreadable { .. }) => Code::Unavailable,
-        HostError::Link(LinkError::Refused(status)) => status.code(),
-        HostError::Link(LinkError::Invalid { .. }) | HostError::Journal(_) | HostError::Stop(_) => {
-            Code::Internal
-        }
-        HostError::Invalid(_)
-        | HostError::Store(
-            StoreError::Size { .. }
-            | StoreError::Chunk { .. }
-            | StoreError::Part { .. }
-            | StoreError::OtherSize { .. },
-        ) => Code::InvalidArgument,
-        HostError::Store(StoreError::Interrupted { .. }) => Code::Aborted,
-        HostError::Store(StoreError::NoSpace { .. }) => Code::ResourceExhausted,
-        HostError::Store(StoreError::Io { .. }) => Code::Internal,
-        HostError::Store(StoreError::Damaged { .. }) => Code::DataLoss,
-        HostError::Start(error) => match error {
-            treeboot_hypervisor::StartError::Spec(_) | treeboot_hypervisor::StartError::Seed(_) => {
-                Code::InvalidArgument
-            }
-            treeboot_hypervisor::StartError::Probe(_) => Code::FailedPrecondition,
-            _ => Code::Internal,
-        },
-        HostError::Undo { cause, .. } => self::code(cause),
-        HostError::Shared(cause) => self::code(cause),
-        HostError::Reach { source, .. } => match source {
-            crate::apply::ReachError::Inspect(plane)
-            | crate::apply::ReachError::Step { source: plane, .. } => plane_code(plane),
-            crate::apply::ReachError::Obstacles(_) => Code::FailedPrecondition,
-            crate::apply::ReachError::Journal(_) => Code::Internal,
-        },
-        HostError::Plane(plane) => plane_code(plane),
-        HostError::Layers { source, .. } => layer_code(source),
-        HostError::Shipped { .. } => Code::Aborted,
-        HostError::Arriving { .. } => Code::AlreadyExists,
-        HostError::Cancelled { .. } => Code::Cancelled,
-        HostError::Peer { status, .. } => status.code(),
-        HostError::Read(treeboot_block::BlockError::Corrupt { .. }) => Code::DataLoss,
-        HostError::Read(_) => Code::Unavailable,
-    }
-}
-
-fn plane_code(error: &PlaneError) -> tonic::Code {
-    use tonic::Code;
-    match error {
-        PlaneError::NoSpace { .. } => Code::ResourceExhausted,
-        PlaneError::Damaged { .. } => Code::DataLoss,
-        PlaneError::Missing { .. } => Code::NotFound,
-        PlaneError::TooLong { .. } => Code::Unavailable,
-        PlaneError::Unfit { .. } => Code::FailedPrecondition,
-        PlaneError::Undo { cause, .. } => plane_code(cause),
-        PlaneError::Layers { source, .. } => layer_code(source),
-        PlaneError::Rule(_) | PlaneError::Failed { .. } | PlaneError::Injected { .. } => Code::Internal,
-    }
-}
-
-fn layer_code(error: &LayerError) -> tonic::Code {
-    use tonic::Code;
-    use treeboot_block::layers::TreeError;
-    match error {
-        LayerError::Tree(TreeError::Exists { .. }) => Code::AlreadyExists,
-        LayerError::Tree(TreeError::Unknown { .. }) => Code::NotFound,
-        LayerError::Tree(TreeError::Full) => Code::ResourceExhausted,
-        LayerError::Tree(TreeError::Held) => Code::FailedPrecondition,
-        LayerError::Damaged { .. } => Code::DataLoss,
-        LayerError::Busy | LayerError::Stopping => Code::Unavailable,
-        LayerError::Delta(_) | LayerError::Base(_) => Code::Internal,
-    }
 }
 
 #[tonic::async_trait]
@@ -501,6 +409,48 @@ impl Agent for Service {
         let (findings, failures) = whole(async move { host.doctor(fix, grace).await }).await?;
         let findings = findings.iter().map(convert::finding).collect();
         Ok(Response::new(v1::DoctorResponse { findings, failures }))
+    }
+
+    async fn show_cache(
+        &self,
+        _: Request<v1::ShowCacheRequest>,
+    ) -> Result<Response<v1::CacheReport>, Status> {
+        Ok(Response::new(cache::report(
+            self.host.show_cache().map_err(status)?,
+        )))
+    }
+
+    async fn change_cache(
+        &self,
+        request: Request<v1::ChangeCacheRequest>,
+    ) -> Result<Response<v1::CacheReport>, Status> {
+        let (host, change) = (self.host.clone(), cache::change(request.into_inner())?);
+        let (view, _) = whole(async move { host.change_cache(change).await }).await?;
+        Ok(Response::new(cache::report(view)))
+    }
+
+    async fn pin_cached(
+        &self,
+        request: Request<v1::PinCachedRequest>,
+    ) -> Result<Response<v1::CacheReport>, Status> {
+        let v1::PinCachedRequest { image, digest, unpin } = request.into_inner();
+        let (host, image) = (self.host.clone(), cache::image(image, digest)?);
+        let change = CacheChange::Pin {
+            image,
+            pinned: !unpin,
+        };
+        let (view, _) = whole(async move { host.change_cache(change).await }).await?;
+        Ok(Response::new(cache::report(view)))
+    }
+
+    async fn drop_cached(
+        &self,
+        request: Request<v1::DropCachedRequest>,
+    ) -> Result<Response<v1::DropCachedResponse>, Status> {
+        let v1::DropCachedRequest { image, digest } = request.into_inner();
+        let (host, change) = (self.host.clone(), CacheChange::Drop(cache::image(image, digest)?));
+        let (_, dropped_bytes) = whole(async move { host.change_cache(change).await }).await?;
+        Ok(Response::new(v1::DropCachedResponse { dropped_bytes }))
     }
 
     type AccessMapStream = streams::Answers<v1::AccessMapPart>;

@@ -367,7 +367,7 @@ pub fn options(dir: &Path, name: &str, coordinator: SocketAddr) -> Options {
         portal: free,
         advertise: None,
         store: (name == "origin").then(|| dir.join("store")),
-        cache: None,
+        cache: Vec::new(),
         labels: Vec::new(),
         weight: 1,
         identity: IdentityOptions::default(),

@@ -60,7 +60,10 @@ impl Rig {
             host: name.clone(),
             state: dir.to_owned(),
             deltas: dir.join("deltas"),
-            cache: dir.join("cache"),
+            cache: vec![treeboot_block::MemberSpec {
+                path: dir.join("cache"),
+                budget: None,
+            }],
             store: Some(dir.join("store")),
             portals: vec![portal],
             advertise: None,

@@ -6,6 +6,7 @@ mod attach;
 mod bad_input;
 mod boot;
 mod bytes;
+mod cache;
 mod clock;
 mod clones;
 mod config;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use treeboot_block::{CacheError, CacheOptions, ChunkCache, ChunkSource, ImageContent};
+use treeboot_block::{CacheError, ChunkCache};
 
 use super::failed;
 use crate::plane::PlaneError;
@@ -17,14 +17,12 @@ const CLOSING_PAUSE: Duration = Duration::from_millis(2);
 /// Opens a cache. One that was closed a moment ago may still hold its files.
 pub(super) async fn open_cache(
     dir: PathBuf,
-    image: ImageContent,
-    source: Arc<dyn ChunkSource>,
-    options: CacheOptions,
+    open: impl Fn(&Path) -> Result<Arc<ChunkCache>, CacheError> + Clone + Send + 'static,
 ) -> Result<Arc<ChunkCache>, PlaneError> {
     let deadline = tokio::time::Instant::now() + CLOSING_LIMIT;
     loop {
-        let (at, source) = (dir.clone(), Arc::clone(&source));
-        let opened = blocking(move || Ok(crate::store::open(&at, image, source, options))).await?;
+        let (at, open) = (dir.clone(), open.clone());
+        let opened = blocking(move || Ok(open(&at))).await?;
         match opened {
             Ok(cache) => return Ok(cache),
             Err(CacheError::InUse { .. }) if tokio::time::Instant::now() < deadline => {

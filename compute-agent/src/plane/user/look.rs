@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use treeboot_block::CacheGroup;
 use treeboot_block::layers::{DELTA_SUFFIX, MANIFEST_SUFFIX, owner_of};
 use treeboot_types::{Digest, VmName};
 
@@ -16,7 +18,7 @@ impl UserPlane {
     pub(super) async fn look(&self, scope: &Scope) -> Result<Found, PlaneError> {
         let mut found = self.in_memory(scope);
         let look = Look {
-            cache: self.settings.cache.clone(),
+            group: Arc::clone(self.caching.group()),
             store: self.settings.store.clone(),
             deltas: self.settings.deltas.clone(),
             scope: scope.clone(),
@@ -43,6 +45,11 @@ impl UserPlane {
         found.stores = stores;
         found.devices = devices;
         let state = self.state.lock();
+        // What is pinned is nobody's to drop, though no image here may need it.
+        let pins = self.caching.group().pins();
+        found
+            .caches
+            .retain(|digest| !pins.contains_key(digest) || state.bases.contains_key(digest));
         for vm in deltas {
             // The head of a delta is checked where it is opened.
             let delta = state
@@ -94,7 +101,7 @@ impl UserPlane {
 
 /// A look at the disk.
 struct Look {
-    cache: PathBuf,
+    group: Arc<CacheGroup>,
     store: Option<PathBuf>,
     deltas: PathBuf,
     scope: Scope,
@@ -111,7 +118,20 @@ impl Look {
     }
 
     fn caches(&self) -> std::io::Result<BTreeSet<Digest>> {
-        self.digests(&self.cache)
+        let mut found: BTreeSet<_> = match &self.scope {
+            Scope::All => self.group.digests().into_iter().collect(),
+            Scope::Base(digest) => self
+                .group
+                .digests()
+                .into_iter()
+                .filter(|held| held == digest)
+                .collect(),
+            Scope::Disk(_) => BTreeSet::new(),
+        };
+        for directory in self.group.directories() {
+            found.extend(self.digests(&directory)?);
+        }
+        Ok(found)
     }
 
     fn stores(&self) -> std::io::Result<BTreeSet<Digest>> {

@@ -1,9 +1,10 @@
 //! The user plane: parents, cache, disks and exports inside this process.
 //!
 //! A base is a [`ChunkCache`] over paths to its parents; exports and disks are targets of one iSCSI server, which has this
-//! host's one portal. What lies on the disk: `CACHE/<digest>/`, `STORE/<digest>/` and `STATE/deltas/<vm>.delta`. The rest
+//! host's one portal. What lies on the disk: `<member of the cache group>/<digest>/`, `STORE/<digest>/` and `STATE/deltas/<vm>.delta`. The rest
 //! lives in this process and is made again by the plan after a restart.
 
+mod bases;
 mod device;
 mod disks;
 mod exports;
@@ -25,21 +26,21 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use treeboot_block::layers::{self, Arrival, Directory, Frozen, Incoming, LayerReport, LayerTree};
 use treeboot_block::{
-    BlockDevice, BootId, CacheOptions, ChunkCache, ChunkSource, Completeness, Delta, DeltaError,
-    ImageContent, LayeredDisk, Reader,
+    BlockDevice, BootId, ChunkCache, Delta, DeltaError, GroupError, LayeredDisk, MemberSpec, Reader,
 };
 use treeboot_iscsi::target::{BindError, LunSpec, Server, ServerConfig, TargetSpec};
 use treeboot_types::{DATA_LUN, Digest, HostName, ImageId, Iqn, VERITY_BLOCK_BYTES, VmName};
 
+use super::caching::Caching;
 use super::{
     Abilities, BaseStats, DiskStats, LayerBlocks, ParentFault, Plane, PlaneError, PlaneFuture, PlaneKind,
-    Scope,
+    Scope, Trouble,
 };
 use crate::keys::Keys;
 use crate::stack::{Backing, Content, Found, FoundExport, Sources, Step, Violation, WantedDisk};
 use device::Devices;
 use disks::meta;
-use files::{blocking, gone, open_cache, remove_dir};
+use files::{blocking, gone, remove_dir};
 use source::StripedSource;
 #[cfg(feature = "kernel-plane")]
 pub(in crate::plane) use source::spec;
@@ -62,8 +63,8 @@ pub struct UserSettings {
     pub state: PathBuf,
     /// Deltas.
     pub deltas: PathBuf,
-    /// Caches.
-    pub cache: PathBuf,
+    /// The members of the cache group.
+    pub cache: Vec<MemberSpec>,
     /// Imported images, where the host is an origin.
     pub store: Option<PathBuf>,
     /// Where the target server listens.
@@ -89,6 +90,9 @@ pub enum OpenError {
         #[source]
         source: std::io::Error,
     },
+    /// None of the cache group's directories.
+    #[error("no directory of the cache group can be used")]
+    Cache(#[from] GroupError),
     /// The machine does not tell its boots apart.
     #[error("/proc/sys/kernel/random/boot_id cannot be read; is /proc mounted?")]
     BootId(#[source] std::io::Error),
@@ -101,6 +105,7 @@ pub struct UserPlane {
     portal: String,
     server: Server,
     devices: Devices,
+    caching: Arc<Caching>,
     state: Mutex<State>,
 }
 
@@ -138,10 +143,7 @@ impl UserPlane {
     /// # Errors
     /// The portal is taken, or a directory cannot be made.
     pub fn open(settings: UserSettings) -> Result<Self, OpenError> {
-        for path in [&settings.deltas, &settings.cache]
-            .into_iter()
-            .chain(&settings.store)
-        {
+        for path in [&settings.deltas].into_iter().chain(&settings.store) {
             std::fs::create_dir_all(path).map_err(|source| OpenError::Directory {
                 path: path.clone(),
                 source,
@@ -155,6 +157,7 @@ impl UserPlane {
             patience: PATIENCE,
             ..ServerConfig::default()
         };
+        let caching = Caching::open(&settings.state, settings.cache.clone())?;
         let server = Server::bind(&settings.portals, config)?;
         let bound = server.local_addrs();
         let portal = match (&settings.advertise, bound.first()) {
@@ -164,16 +167,13 @@ impl UserPlane {
         };
         Ok(Self {
             devices: Devices::new(&settings.state),
+            caching: Arc::new(caching),
             settings,
             boot,
             portal,
             server,
             state: Mutex::default(),
         })
-    }
-
-    fn cache_dir(&self, digest: &Digest) -> PathBuf {
-        self.settings.cache.join(digest.to_string())
     }
 
     fn store_dir(&self, digest: &Digest) -> Option<PathBuf> {
@@ -205,51 +205,6 @@ impl UserPlane {
     fn drop_paths(&self, digest: &Digest) {
         // Dropping the group ends its sessions.
         self.state.lock().paths.remove(digest);
-    }
-
-    async fn open_base(&self, step: &Step, content: &Content, backing: Backing) -> Result<(), PlaneError> {
-        let digest = content.digest;
-        if let Some(open) = self.base(&digest) {
-            if open.content == *content && open.backing == backing {
-                return Ok(());
-            }
-            return Err(differs(step, digest.short()).into());
-        }
-        let source: Arc<dyn ChunkSource> = match (backing, self.state.lock().paths.get(&digest)) {
-            (Backing::Store, _) => Arc::new(treeboot_block::cache::NoSource),
-            (_, Some(source)) => Arc::clone(source) as Arc<dyn ChunkSource>,
-            (_, None) => return Err(missing(step, digest.short(), "paths").into()),
-        };
-        let dir = match backing {
-            Backing::Cache => self.cache_dir(&digest),
-            Backing::Store | Backing::Adopted => self
-                .store_dir(&digest)
-                .ok_or_else(|| missing(step, digest.short(), "a store"))?,
-        };
-        let options = match backing {
-            Backing::Cache => CacheOptions::default(),
-            Backing::Store => CacheOptions::complete(),
-            Backing::Adopted => CacheOptions {
-                hash: Completeness::All,
-                ..CacheOptions::default()
-            },
-        };
-        let image = ImageContent {
-            digest,
-            bytes: content.bytes,
-            chunk_bytes: content.chunk_bytes,
-        };
-        let cache = open_cache(dir, image, source, options).await?;
-        self.state.lock().bases.insert(
-            digest,
-            OpenBase {
-                content: *content,
-                backing,
-                cache,
-                readable: backing == Backing::Store,
-            },
-        );
-        Ok(())
     }
 
     async fn close_base(&self, step: &Step, digest: &Digest) -> Result<(), PlaneError> {
@@ -353,18 +308,6 @@ impl UserPlane {
         let mut state = self.state.lock();
         state.disks.remove(vm);
         state.limits.remove(vm);
-    }
-
-    async fn drop_cache(&self, step: &Step, digest: &Digest) -> Result<(), PlaneError> {
-        if self.base(digest).is_some_and(|base| !base.backing.in_store()) {
-            return Err(Violation::InUse {
-                step: step.name(),
-                what: digest.short(),
-                user: "its base".into(),
-            }
-            .into());
-        }
-        remove_dir(self.cache_dir(digest)).await
     }
 
     async fn drop_store(&self, step: &Step, digest: &Digest) -> Result<(), PlaneError> {
@@ -572,6 +515,14 @@ impl Plane for UserPlane {
             source.set(&source.sources());
         }
         Box::pin(async { Ok(()) })
+    }
+
+    fn cache(&self) -> Option<&Arc<Caching>> {
+        Some(&self.caching)
+    }
+
+    fn troubles(&self) -> Vec<Trouble> {
+        self.caching.troubles()
     }
 
     fn device(&self, vm: &VmName) -> Option<PathBuf> {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use treeboot_block::storage::{FileStorage, OpenMode};
-use treeboot_block::{CacheOptions, ChunkCache, ImageContent, Reader, VerityBuilder, VerityLayout};
+use treeboot_block::{
+    CacheOptions, ChunkCache, ImageContent, MemberSpec, Reader, VerityBuilder, VerityLayout,
+};
 use treeboot_iscsi::initiator::{AccessReported, Session, SessionOptions};
 use treeboot_iscsi::target::{Access, LunSpec, Server, ServerConfig, TargetSpec};
 use treeboot_types::{DATA_LUN, Endpoint, HASH_LUN, HostName, ImageId, Iqn, VmName};
@@ -108,7 +110,10 @@ fn plane(dir: &Path) -> Arc<UserPlane> {
         host: HostName::new("under-test").unwrap(),
         state: dir.to_owned(),
         deltas: dir.join("deltas"),
-        cache: dir.join("cache"),
+        cache: vec![MemberSpec {
+            path: dir.join("cache"),
+            budget: None,
+        }],
         store: None,
         portals: vec![LOOPBACK],
         advertise: None,
