@@ -30,7 +30,7 @@ pub(super) enum Hold {
     /// For itself; answered once it is registered.
     Pin,
     /// For a VM's disk, which is then desired; answered once the base is open.
-    Disk(VmName, DiskState),
+    Disk(VmName, Box<DiskState>),
 }
 
 pub(super) type Reply<T> = oneshot::Sender<Result<T, HostError>>;
@@ -306,7 +306,7 @@ impl BaseOwner {
                 image: image.clone(),
                 pinned: true,
             },
-            Hold::Disk(vm, disk) => Change::Disk { vm, disk },
+            Hold::Disk(vm, disk) => Change::Disk { vm, disk: *disk },
         }));
         self.shared.journal().commit(changes).await?;
         self.reach("the attachment").await

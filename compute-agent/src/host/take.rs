@@ -203,7 +203,7 @@ impl VmOwner {
             .ask_base(content.digest, |reply| BaseMsg::Attach {
                 image: image.clone(),
                 content: *content,
-                hold: Hold::Disk(self.vm.clone(), arriving),
+                hold: Hold::Disk(self.vm.clone(), Box::new(arriving)),
                 reply,
             })
             .await?;

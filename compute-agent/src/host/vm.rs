@@ -261,12 +261,6 @@ impl VmOwner {
         }
     }
 
-    /// The journal knows no such VM.
-    fn is_nobody(&self) -> bool {
-        let desired = self.shared.journal().desired();
-        !desired.disks.contains_key(&self.vm) && !desired.vms.contains_key(&self.vm)
-    }
-
     async fn create(
         &mut self,
         image: &ImageRef,

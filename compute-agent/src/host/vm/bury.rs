@@ -12,6 +12,12 @@ use crate::plane::{PlaneError, Scope};
 use crate::stack::Wanted;
 
 impl VmOwner {
+    /// The journal knows no such VM.
+    pub(super) fn is_nobody(&self) -> bool {
+        let desired = self.shared.journal().desired();
+        !desired.disks.contains_key(&self.vm) && !desired.vms.contains_key(&self.vm)
+    }
+
     pub(super) fn remove_run_dir(&self) -> Result<(), HostError> {
         let dir = self.run_dir();
         match std::fs::remove_dir_all(&dir) {

@@ -31,7 +31,7 @@ impl VmOwner {
         let attach = self.host.ask_base(content.digest, |reply| BaseMsg::Attach {
             image: image.clone(),
             content,
-            hold: Hold::Disk(self.vm.clone(), disk),
+            hold: Hold::Disk(self.vm.clone(), Box::new(disk)),
             reply,
         });
         // The secret is made meanwhile: both are synced to the disk.
