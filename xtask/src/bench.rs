@@ -79,6 +79,21 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// What our processes on one host hold in memory with guests that run, and with VMs that do nothing beside them
+    Memory {
+        /// Guests that run
+        #[arg(long, default_value_t = 50)]
+        running: u32,
+        /// VMs that do nothing
+        #[arg(long, default_value_t = 500)]
+        idle: u32,
+        /// One VM has a block device, so that the host has a holder process. Needs root
+        #[arg(long)]
+        device: bool,
+        /// Writes the figures to this file as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Our target and tgt with iscsi-perf as the client, in interleaved rounds: IOPS, MB/s, the server's processor time a read
     Target {
         /// Measured rounds; each runs every load against both targets
@@ -125,6 +140,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             rounds,
             json,
         } => (links([*hosts, *mib, *mbit, *rounds])?, json),
+        What::Memory {
+            running,
+            idle,
+            device,
+            json,
+        } => (memory([*running, *idle], *device)?, json),
         What::Target {
             rounds,
             seconds,
@@ -173,6 +194,21 @@ fn create(numbers: [u32; 2], secure: bool) -> Result<Command> {
     }
     if secure {
         bench.arg("--secure");
+    }
+    Ok(bench)
+}
+
+fn memory(numbers: [u32; 2], device: bool) -> Result<Command> {
+    crate::apt::ensure_packages(demo::PACKAGES)?;
+    guest::ensure(Kind::Busybox)?;
+    let programs = demo::build_release(&["--workspace", "--exclude", "xtask"])?;
+    let mut bench = Command::new(programs.join("treeboot-bench"));
+    bench.env(demo::BIN_DIR, &programs).arg("memory");
+    for (option, number) in ["--running", "--idle"].iter().zip(numbers) {
+        bench.arg(option).arg(number.to_string());
+    }
+    if device {
+        bench.arg("--device");
     }
     Ok(bench)
 }

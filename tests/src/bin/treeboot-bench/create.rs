@@ -217,8 +217,5 @@ fn used(folder: &Path) -> Result<u64> {
 
 fn resident(daemon: &Daemon) -> Result<u64> {
     let pid = daemon.pid().context("the agent does not run")?;
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next());
-    Ok(kib.context("no VmRSS")?.parse::<u64>()? * 1024)
+    crate::memory::resident(nix::unistd::Pid::from_raw(pid.try_into()?))
 }

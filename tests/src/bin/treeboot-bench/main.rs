@@ -6,6 +6,7 @@ mod boot;
 mod coordinator;
 mod create;
 mod links;
+mod memory;
 mod target;
 
 use std::process::ExitCode;
@@ -29,6 +30,8 @@ enum Bench {
     Create(create::Options),
     /// Hosts on shaped links that read one image at the same moment, for each shape of the trees: uploads and times.
     Links(links::Options),
+    /// What our processes on a host hold in memory with 50 guests that run, and with 500 VMs that do nothing.
+    Memory(memory::Options),
     /// Our target beside tgt, with iscsi-perf as the client: IOPS, MB/s, the server's processor time for each read.
     Target(target::Options),
 }
@@ -74,6 +77,7 @@ fn work(bench: Bench) -> Result<ExitCode> {
         Bench::Create(options) => runtime.block_on(create::run(&options))?,
         // Its networks are entered thread by thread.
         Bench::Links(options) => links::run(&options)?,
+        Bench::Memory(options) => runtime.block_on(memory::run(&options))?,
         Bench::Target(options) => runtime.block_on(target::run(&options))?,
     }
     Ok(ExitCode::SUCCESS)
