@@ -130,6 +130,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
     if let Some(path) = &options.json {
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
     }
+    cluster.pass();
     Ok(())
 }
 
