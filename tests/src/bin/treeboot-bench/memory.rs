@@ -120,6 +120,12 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
     for session in sessions {
         let _ = tokio::time::timeout(Duration::from_secs(5), session.close()).await;
     }
+    // A block device does not go with the agent's process.
+    let destroy = v1::DestroyRequest {
+        vm: "first".into(),
+        instance_only: true,
+    };
+    host.agent().await?.destroy(destroy).await?;
     cluster.pass();
     Ok(())
 }
