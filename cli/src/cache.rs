@@ -401,7 +401,8 @@ async fn pin(
     unpin: bool,
 ) -> Result<(), Failure> {
     let agent = one(coordinator, options, on.host).await?;
-    let doing = format!("pin {image} in the cache of host '{}', or unpin it", agent.host);
+    let verb = if unpin { "unpin" } else { "pin" };
+    let doing = format!("{verb} {image} in the cache of host '{}'", agent.host);
     let (image, digest) = named(image)?;
     let request = v1::PinCachedRequest { image, digest, unpin };
     let report = agent

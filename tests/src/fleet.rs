@@ -7,6 +7,7 @@ use treeboot_proto::v1;
 
 use crate::daemon::Daemon;
 use crate::measure::newest;
+use crate::wait::wait_until;
 
 /// Between two attempts to reach an agent that is away.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -95,6 +96,17 @@ pub async fn await_ready(agent: &Daemon, vm: &str, limit: Duration) -> Result<v1
             seen.error
         ),
     }
+}
+
+/// Waits until a VM stands still for its disk.
+///
+/// # Errors
+/// The agent does not know the VM, or `limit` passed.
+pub async fn await_paused(agent: &Daemon, vm: &str, limit: Duration) -> Result<()> {
+    wait_until(limit, "the guest to stand still", || async {
+        Ok(describe(agent, vm).await?.paused.then_some(()))
+    })
+    .await
 }
 
 /// The agent answered, and its answer is final.

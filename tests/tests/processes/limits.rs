@@ -9,7 +9,6 @@ use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::daemon::Daemon;
 use treeboot_tests::image::Pattern;
 use treeboot_tests::need::{Need, require};
-use treeboot_tests::wait::wait_until;
 use treeboot_tests::{fleet, guest};
 use treeboot_types::{Iqn, IscsiUrl, VmName};
 
@@ -182,17 +181,10 @@ async fn stands_still(cluster: &Cluster) -> Result<()> {
         .treeboot(&[&args[..], &["--delta-limit", "12M"]].concat())
         .await?;
     fleet::start(host, &order).await?;
-    let stands_still = async || {
-        let paused = wait_until(SOON, "the guest to stand still", || async {
-            let vm = fleet::describe(host, &order.vm).await?;
-            Ok(vm.paused.then_some(()))
-        });
-        paused.await
-    };
-    stands_still().await?;
+    fleet::await_paused(host, &order.vm, SOON).await?;
     host.kill()?;
     host.start(cluster.scratch()).await?;
-    stands_still().await?;
+    fleet::await_paused(host, &order.vm, SOON).await?;
     let console = guest::console(&fleet::describe(host, &order.vm).await?)?;
     ensure!(!console.contains("wrote"), "there was room: {console}");
     let written = row(cluster, host).await?["data_bytes"]

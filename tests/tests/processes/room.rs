@@ -97,14 +97,7 @@ async fn stands_still(cluster: &Cluster, small: &Path) -> Result<()> {
     hog.take_all_but(LEFT_MIB << 20)?;
     let order = guest::order_with_jobs("full", IMAGE, &[WRITTEN, "verify_mb=24"]);
     fleet::start(host, &order).await?;
-    let stands_still = async || {
-        let paused = wait_until(SOON, "the guest to stand still", || async {
-            let vm = fleet::describe(host, &order.vm).await?;
-            Ok(vm.paused.then_some(()))
-        });
-        paused.await
-    };
-    stands_still().await?;
+    fleet::await_paused(host, &order.vm, SOON).await?;
     let told = wait_until(SOON, "its host to say so", || async {
         let status = host.agent().await?.status(v1::StatusRequest {}).await?;
         let level = status.into_inner().room.map(|room| room.level());
@@ -114,7 +107,7 @@ async fn stands_still(cluster: &Cluster, small: &Path) -> Result<()> {
     // Its agent's end changes nothing.
     host.kill()?;
     host.start(cluster.scratch()).await?;
-    stands_still().await?;
+    fleet::await_paused(host, &order.vm, SOON).await?;
     let console = guest::console(&fleet::describe(host, &order.vm).await?)?;
     ensure!(!console.contains("wrote"), "there was room: {console}");
     hog.remove()?;
