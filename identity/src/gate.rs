@@ -61,7 +61,7 @@ pub const TABLE: &[(&str, Need)] = &[
     ("Agent/Clone", Need::Person(Role::Operator)),
     ("Agent/ExportDisk", Need::Person(Role::Operator)),
     ("Agent/Migrate", Need::Person(Role::Operator)),
-    ("Agent/ReceiveDisk", Need::Host),
+    ("Agent/ReceiveDisk", Need::HostOr(Role::Operator)),
     ("Agent/TakeVm", Need::Host),
     ("Agent/SettleVm", Need::Host),
     ("Agent/Attach", Need::Person(Role::Operator)),

@@ -146,17 +146,21 @@ pub(super) async fn run(options: &Options, args: ExportArgs) -> Result<(), Failu
     ))
 }
 
-/// The format and the size of a backing file, in bytes.
-async fn open_backing(path: &Path) -> Result<(&'static str, u64), Failure> {
-    let options = OpenOptions {
+/// How a backing file is opened.
+pub(super) fn read_only() -> OpenOptions {
+    OpenOptions {
         format: None,
         scratch: import::default_scratch(),
         block_bytes: 512,
         physical_block_bytes: 4096,
         fully_allocated: false,
         writable: false,
-    };
-    let source = Source::open(path, &options).await?;
+    }
+}
+
+/// The format and the size of a backing file, in bytes.
+async fn open_backing(path: &Path) -> Result<(&'static str, u64), Failure> {
+    let source = Source::open(path, &read_only()).await?;
     let format = match source.format {
         Format::Raw => "raw",
         Format::Qcow2 => "qcow2",

@@ -1,6 +1,7 @@
 //! `treeboot delta …`: what VMs wrote.
 
 mod export;
+mod import;
 mod qcow2;
 
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ const BLOCK_BYTES: u64 = 4096;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum DeltaVerb {
     Export(export::ExportArgs),
+    Import(import::ImportArgs),
     /// Read all that a VM wrote, and say which layer is damaged and where
     #[command(
         after_help = "Example:\n  treeboot delta check web-1\n  treeboot delta check web-1 --offline /var/lib/treeboot/agent/deltas"
@@ -67,6 +69,7 @@ struct DamageJson {
 pub(crate) async fn run(options: &Options, verb: DeltaVerb) -> Result<(), Failure> {
     let (vm, host, offline, json) = match verb {
         DeltaVerb::Export(args) => return export::run(options, args).await,
+        DeltaVerb::Import(args) => return import::run(options, args).await,
         DeltaVerb::Check {
             vm,
             host,

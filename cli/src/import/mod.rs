@@ -20,7 +20,7 @@ use crate::failure::{Exit, Failure, chain};
 
 pub(crate) use detect::Format;
 pub(crate) use parts::{FeedError, Parts, feed};
-pub(crate) use qcow2::{Qcow2, Qcow2Error};
+pub(crate) use qcow2::{Own, Qcow2, Qcow2Error};
 pub(crate) use qemu_img::default_scratch;
 
 /// Why a file cannot be taken as an image.
@@ -160,11 +160,39 @@ pub(crate) struct Source {
     pub(crate) format: Format,
     /// Bytes of the disk that have storage in the file; what is a hole is not counted.
     pub(crate) stored_bytes: u64,
-    path: PathBuf,
-    /// Size and time of change of the file when it was opened.
-    stamp: (u64, Option<std::time::SystemTime>),
+    stamp: Stamp,
     /// Holds the converted copy; deleted with this value.
     _scratch: Option<tempfile::TempDir>,
+}
+
+/// A file, and what tells whether somebody writes to it: its size and its time of change.
+#[derive(Debug)]
+pub(crate) struct Stamp {
+    path: PathBuf,
+    seen: (u64, Option<std::time::SystemTime>),
+}
+
+impl Stamp {
+    /// Looks at a file.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn of(path: &Path) -> Result<(Self, std::fs::Metadata), ImportError> {
+        let metadata = std::fs::metadata(path).map_err(|source| ImportError::Io {
+            doing: "open",
+            path: path.into(),
+            source,
+        })?;
+        let seen = (metadata.len(), metadata.modified().ok());
+        let path = path.into();
+        Ok((Self { path, seen }, metadata))
+    }
+
+    /// Whether nobody wrote to the file since.
+    pub(crate) fn is_unchanged(&self) -> bool {
+        let now = std::fs::metadata(&self.path).map(|metadata| (metadata.len(), metadata.modified().ok()));
+        now.is_ok_and(|now| now == self.seen)
+    }
 }
 
 impl Source {
@@ -173,15 +201,7 @@ impl Source {
     /// # Errors
     /// [`ImportError`]: not there, not an image, damaged, or of a format that needs a program that is not installed.
     pub(crate) async fn open(path: &Path, options: &OpenOptions) -> Result<Self, ImportError> {
-        let io_error = |doing| {
-            move |source| ImportError::Io {
-                doing,
-                path: path.into(),
-                source,
-            }
-        };
-        let metadata = std::fs::metadata(path).map_err(io_error("open"))?;
-        let stamp = (metadata.len(), metadata.modified().ok());
+        let (stamp, metadata) = Stamp::of(path)?;
         let format = match options.format {
             Some(format) => format,
             // What is no regular file has no format to look for: a block device is raw, the rest is refused below.
@@ -218,7 +238,6 @@ impl Source {
             device,
             format,
             stored_bytes,
-            path: path.into(),
             stamp,
             _scratch: converted,
         })
@@ -229,15 +248,14 @@ impl Source {
         self._scratch.is_some()
     }
 
-    /// Whether nobody wrote to the file since it was opened, as its size and its time of change tell.
+    /// Whether nobody wrote to the file since it was opened.
     pub(crate) fn is_unchanged(&self) -> bool {
-        let now = std::fs::metadata(&self.path).map(|metadata| (metadata.len(), metadata.modified().ok()));
-        now.is_ok_and(|now| now == self.stamp)
+        self.stamp.is_unchanged()
     }
 
     /// The file.
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        &self.stamp.path
     }
 }
 

@@ -252,6 +252,12 @@ impl Host {
         });
         let flattened = flattening.await.map_err(|_| self.shared.stopping())??;
         tracing::info!(image = %id, shared = flattened.0, "flattened");
+        if flattened.0
+            && let Err(error) = self.announce(id, true).await
+        {
+            // It is told when the coordinator starts anew.
+            tracing::warn!(image = %id, error = %super::chain(&error), "the coordinator was not told how much the image takes");
+        }
         Ok(flattened)
     }
 

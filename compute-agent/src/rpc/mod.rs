@@ -103,10 +103,8 @@ impl Service {
 
     /// Whether whoever asks may use an image: the coordinator says which roles may. Hosts' own labels are looked at where it is attached.
     async fn may_use<T>(&self, request: &Request<T>, image: &ImageRef) -> Result<(), Status> {
-        match request.extensions().get::<Caller>() {
-            Some(Caller(Who::Person { role, .. })) if *role < Role::Admin => {
-                self.host.may_use(image, *role).await.map_err(status)
-            }
+        match person(request) {
+            Some(role) if role < Role::Admin => self.host.may_use(image, role).await.map_err(status),
             _ => Ok(()),
         }
     }
@@ -133,6 +131,14 @@ async fn whole<T: Send + 'static>(
         Err(error) => Err(Status::internal(format!(
             "a bug ended the call, see the agent's log: {error}"
         ))),
+    }
+}
+
+/// The role of the person who asks; none where a host does, or anybody may.
+fn person<T>(request: &Request<T>) -> Option<Role> {
+    match request.extensions().get::<Caller>() {
+        Some(Caller(Who::Person { role, .. })) => Some(*role),
+        _ => None,
     }
 }
 
@@ -309,7 +315,8 @@ impl Agent for Service {
         &self,
         request: Request<tonic::Streaming<v1::DiskPart>>,
     ) -> Result<Response<Self::ReceiveDiskStream>, Status> {
-        let answers = streams::receive_disk(&self.host, request.into_inner()).await?;
+        let person = person(&request);
+        let answers = streams::receive_disk(&self.host, person, request.into_inner()).await?;
         Ok(Response::new(answers))
     }
 

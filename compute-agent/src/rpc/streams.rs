@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
+use treeboot_identity::Role;
 use treeboot_proto::v1::disk_answer::Answer;
 use treeboot_proto::v1::disk_part::Part as DiskPart;
 use treeboot_proto::v1::import_part::Part;
@@ -217,9 +218,10 @@ where
     Box::pin(ReceiverStream::new(stream))
 }
 
-/// A disk from another host. What a broken stream leaves is kept for a while.
+/// A disk from another host, or from a person, whose role is looked at. What a broken stream leaves is kept for a while.
 pub(super) async fn receive_disk(
     host: &Host,
+    person: Option<Role>,
     mut stream: tonic::Streaming<v1::DiskPart>,
 ) -> Result<Answers<v1::DiskAnswer>, Status> {
     let first = tokio::time::timeout(PART_LIMIT, stream.message()).await;
@@ -227,6 +229,15 @@ pub(super) async fn receive_disk(
     let Some(DiskPart::Header(header)) = first.and_then(|part| part.part) else {
         return Err(invalid("the first part of a disk must be its header"));
     };
+    if let Some(role) = person {
+        if header.layer.is_some() || header.runs {
+            return Err(invalid("only a host sends the disk of a VM that moves"));
+        }
+        let image = image_id_or_newest(header.image.as_ref()).map_err(invalid)?;
+        if role < Role::Admin {
+            host.may_use(&image, role).await.map_err(status)?;
+        }
+    }
     let (answers, answered) = mpsc::channel(ANSWERS);
     let say = |answer| Ok(v1::DiskAnswer { answer: Some(answer) });
     let receiving = match host.receive(header).await.map_err(status)? {

@@ -421,6 +421,8 @@ impl Forest {
             });
         }
         let mut image = Image::clone(have);
+        // An origin may share blocks with another version that a second one, or itself later, has of its own.
+        image.allocated_bytes = image.allocated_bytes.max(given.allocated_bytes);
         for origin in given.origins {
             if let Some(host) = &origin.host {
                 self.check_endpoint(id, host, &origin.endpoint)?;

@@ -24,6 +24,7 @@ mod model;
 mod names;
 mod orphans;
 mod publish;
+mod qcow2;
 mod record;
 mod room;
 mod sectors;

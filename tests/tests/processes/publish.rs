@@ -1,20 +1,17 @@
-//! A VM's disk as a new version of its image: the origin keeps what differs, and other VMs boot from it. And as a qcow2 file, which `qemu-img`
-//! reads.
+//! A VM's disk as a new version of its image: the origin keeps what differs, and other VMs boot from it.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use treeboot_iscsi::initiator::{CommandData, Session};
 use treeboot_proto::v1;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::daemon::Daemon;
 use treeboot_tests::image::Pattern;
-use treeboot_tests::need::{Need, require};
 use treeboot_tests::reader::log_in;
 use treeboot_tests::wait::wait_until;
 
-use crate::support::{Machine, refused, with_cluster};
+use crate::support::{Machine, refused, with_cluster, write_blocks};
 
 const IMAGE: &str = "pattern";
 const PATTERN: Pattern = Pattern {
@@ -43,13 +40,9 @@ async fn import(cluster: &Cluster) -> Result<()> {
     cluster.import(&file, IMAGE).await
 }
 
-async fn write(session: &Session, lun: u16, fill: u8, first: u64) -> Result<()> {
-    for n in 0..WRITTEN {
-        let at = (first + n * STEP) * BLOCK;
-        session.write(lun, at, vec![fill; BLOCK as usize].into()).await?;
-    }
-    session.flush(lun).await?;
-    Ok(())
+/// Blocks, each eighth of the disk from `first` on.
+fn each(first: u64) -> impl Iterator<Item = u64> {
+    (0..WRITTEN).map(move |n| first + n * STEP)
 }
 
 /// A new VM's disk has `fill` at each eighth block from `first` on, for each of `written`, and the image's bytes elsewhere.
@@ -110,12 +103,12 @@ async fn updated(cluster: &Cluster) -> Result<()> {
     let (here, there) = (&cluster.hosts[0], &cluster.hosts[1]);
     let whole = stored(origin)?;
     let (session, lun) = log_in(here, IMAGE, "web-1").await?;
-    write(&session, lun, 7, 0).await?;
+    write_blocks(&session, lun, 7, each(0)).await?;
     cluster
         .treeboot(&["snapshot", "create", "web-1", "updated"])
         .await?;
     // Not part of it.
-    write(&session, lun, 8, 1).await?;
+    write_blocks(&session, lun, 8, each(1)).await?;
     let told = cluster
         .treeboot(&["publish", "web-1", "--snapshot", "updated", "--json"])
         .await?;
@@ -139,7 +132,7 @@ async fn updated(cluster: &Cluster) -> Result<()> {
 
     // A version of a version, of the disk as it is now, after the agent of the origin was killed.
     let (second, second_lun) = log_in(there, IMAGE, "web-3").await?;
-    write(&second, second_lun, 9, 2).await?;
+    write_blocks(&second, second_lun, 9, each(2)).await?;
     origin.kill()?;
     cluster.restart(origin).await?;
     let told = cluster.treeboot(&["publish", "web-3", "pattern@3"]).await?;
@@ -167,6 +160,14 @@ async fn updated(cluster: &Cluster) -> Result<()> {
     ensure!(told.contains("stands by itself"), "{told}");
     let flat = stored(origin)?[0].1;
     ensure!(flat >= whole[0].1, "{flat} bytes of {}", whole[0].1);
+    let shown = cluster
+        .treeboot(&["image", "show", "pattern@3", "--json"])
+        .await?;
+    let shown: serde_json::Value = serde_json::from_str(&shown)?;
+    ensure!(
+        shown["allocated_bytes"].as_u64() > Some(PATTERN.bytes / 2),
+        "the coordinator tells what it took before: {shown}"
+    );
     let told = cluster
         .treeboot(&["image", "flatten", "pattern@3", "--json"])
         .await?;
@@ -191,7 +192,7 @@ async fn refusals(cluster: &Cluster) -> Result<()> {
     import(cluster).await?;
     let (origin, here) = (&cluster.origin, &cluster.hosts[0]);
     let (session, lun) = log_in(here, IMAGE, "web-1").await?;
-    write(&session, lun, 3, 0).await?;
+    write_blocks(&session, lun, 3, each(0)).await?;
     refused(cluster, &["publish", "nobody"], 3, "treeboot vm list").await?;
     refused(cluster, &["publish", "web-1", "--snapshot", "never"], 3, "never").await?;
     refused(cluster, &["publish", "web-1", "--to", "h9"], 3, "h9").await?;
@@ -242,111 +243,4 @@ async fn refusals(cluster: &Cluster) -> Result<()> {
     let told = cluster.treeboot(&["publish", "web-1"]).await?;
     ensure!(told.starts_with("pattern@2"), "{told}");
     check(&cluster.hosts[1], "web-2", &[(3, 0)]).await
-}
-
-#[test]
-fn a_disk_goes_into_a_qcow2_file_which_qemu_img_reads() -> Result<()> {
-    if !require(&[Need::Program("qemu-img", "qemu-utils")]) {
-        return Ok(());
-    }
-    with_cluster("export", Machine::Shared, plan(), exported)
-}
-
-/// UNMAP of one range (SBC-3, 5.28), in the LUN's blocks of 512.
-async fn unmap(session: &Session, lun: u16, offset: u64, bytes: u64) -> Result<()> {
-    let mut list = vec![0, 22, 0, 16, 0, 0, 0, 0];
-    list.extend((offset / 512).to_be_bytes());
-    list.extend(u32::try_from(bytes / 512)?.to_be_bytes());
-    list.extend([0; 4]);
-    let cdb = [0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0];
-    session.command(lun, &cdb, CommandData::Out(list.into())).await?;
-    Ok(())
-}
-
-fn qemu_img(cluster: &Cluster, args: &[&str]) -> Result<String> {
-    let mut command = cluster.scratch().command("qemu-img");
-    let output = command.current_dir(cluster.path()).args(args).output()?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "qemu-img {args:?}: {words}");
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-async fn exported(cluster: &Cluster) -> Result<()> {
-    import(cluster).await?;
-    let here = &cluster.hosts[0];
-    let (session, lun) = log_in(here, IMAGE, "web-1").await?;
-    write(&session, lun, 5, 0).await?;
-    // Zeroes where the image has bytes, and a run of them.
-    write(&session, lun, 0, 3).await?;
-    unmap(&session, lun, 4096 * BLOCK, 2048 * BLOCK).await?;
-    let mut expected = std::fs::read(cluster.path().join("pattern.raw"))?;
-    for n in 0..WRITTEN {
-        for (fill, first) in [(5, 0), (0, 3)] {
-            let at = ((first + n * STEP) * BLOCK) as usize;
-            expected[at..at + BLOCK as usize].fill(fill);
-        }
-    }
-    expected[(4096 * BLOCK) as usize..(6144 * BLOCK) as usize].fill(0);
-    let at = |name: &str| cluster.path().join(name).display().to_string();
-    let (whole, over) = (at("whole.qcow2"), at("over.qcow2"));
-    cluster.treeboot(&["delta", "export", "web-1", &whole]).await?;
-    let told = cluster
-        .treeboot(&[
-            "delta",
-            "export",
-            "web-1",
-            &over,
-            "--backing",
-            &at("pattern.raw"),
-            "--json",
-        ])
-        .await?;
-    let told: serde_json::Value = serde_json::from_str(&told)?;
-    let bytes = told["file_bytes"].as_u64().context("a size")?;
-    ensure!(
-        bytes == std::fs::metadata(&over)?.len() && bytes < 4 << 20,
-        "{told}"
-    );
-    for file in [&whole, &over] {
-        let checked = qemu_img(cluster, &["check", file])?;
-        ensure!(checked.contains("No errors were found"), "{checked}");
-        qemu_img(cluster, &["convert", "-O", "raw", file, "plain.raw"])?;
-        let plain = std::fs::read(cluster.path().join("plain.raw"))?;
-        ensure!(plain == expected, "{file} has other bytes than the disk");
-    }
-    // The file, imported, is what would be published.
-    let published = cluster.treeboot(&["publish", "web-1", "--json"]).await?;
-    let imported = cluster
-        .treeboot(&["image", "import", &whole, "again", "--json"])
-        .await?;
-    let digest = |text: &str| -> Result<String> {
-        let told: serde_json::Value = serde_json::from_str(text)?;
-        Ok(told["digest"].as_str().context("a digest")?.to_owned())
-    };
-    ensure!(
-        digest(&published)? == digest(&imported)?,
-        "{published} {imported}"
-    );
-    refused(cluster, &["delta", "export", "web-1", &whole], 4, "exists").await?;
-    refused(
-        cluster,
-        &["delta", "export", "nobody", &at("none.qcow2")],
-        3,
-        "nobody",
-    )
-    .await?;
-    std::fs::write(cluster.path().join("small.raw"), [1; 8192])?;
-    let small = at("small.raw");
-    refused(
-        cluster,
-        &["delta", "export", "web-1", &at("none.qcow2"), "--backing", &small],
-        7,
-        "8192",
-    )
-    .await?;
-    ensure!(
-        !cluster.path().join("none.qcow2").exists(),
-        "a file of nothing is left"
-    );
-    Ok(())
 }

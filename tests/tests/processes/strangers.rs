@@ -468,6 +468,14 @@ fn an_image_is_for_the_hosts_and_roles_that_its_labels_name() -> Result<()> {
         };
         let mut client = agent(&cluster.hosts[0], own.issue(&operator, HOUR)?).await?;
         refused(client.create(create()).await, Code::PermissionDenied, words)?;
+        let header = v1::DiskHeader {
+            vm: "vm1".into(),
+            image: create().image,
+            ..Default::default()
+        };
+        let part = Some(v1::disk_part::Part::Header(header));
+        let disk = tokio_stream::iter([v1::DiskPart { part }]);
+        refused(client.receive_disk(disk).await, Code::PermissionDenied, words)?;
         // The labels outlive a restart, and what they no longer forbid is allowed.
         cluster.coordinator.terminate().await?;
         cluster.restart(&cluster.coordinator).await?;

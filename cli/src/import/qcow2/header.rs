@@ -87,6 +87,8 @@ pub(super) struct Header {
     pub(super) l1_entries: u64,
     /// L2 entries are of 128 bits, for subclusters.
     pub(super) extended_l2: bool,
+    /// The file that has what is not stored here, as its writer named it.
+    pub(super) backing: Option<String>,
 }
 
 impl Header {
@@ -94,7 +96,7 @@ impl Header {
     pub(super) fn read(file: &File, file_bytes: u64) -> Result<Self, Qcow2Error> {
         let mut head = vec![0; V3_BYTES.min(usize::try_from(file_bytes).unwrap_or(V3_BYTES))];
         file.read_exact_at(&mut head, 0)?;
-        let header = Self::parse(&head, file_bytes)?;
+        let mut header = Self::parse(&head, file_bytes)?;
         let (offset, length) = (field64(&head, 8)?, field32(&head, 16)?);
         if offset != 0 {
             if length > MAX_BACKING_NAME {
@@ -102,7 +104,7 @@ impl Header {
             }
             let mut name = vec![0; length as usize];
             file.read_exact_at(&mut name, offset)?;
-            return Err(Qcow2Error::Backing(printable(&String::from_utf8_lossy(&name))));
+            header.backing = Some(printable(&String::from_utf8_lossy(&name)));
         }
         Ok(header)
     }
@@ -144,6 +146,7 @@ impl Header {
             l1_offset: field64(head, 40)?,
             l1_entries: 0,
             extended_l2,
+            backing: None,
         };
         let needed = bytes.div_ceil(header.l2_reach());
         if needed > u64::from(field32(head, 36)?) {

@@ -1,8 +1,8 @@
 //! A careful, read-only reader of qcow2 images, version 2 and 3 (QEMU `docs/interop/qcow2.rst`).
 //!
 //! Opening walks every table once, so that what is damaged or cut off is refused before a byte is used. Deliberately
-//! absent: writing, snapshots, encryption, backing and external data files; compressed clusters and extended L2
-//! entries are recognised and left to `qemu-img`.
+//! absent: writing, snapshots, encryption, the content of a backing file, external data files; compressed clusters and extended
+//! L2 entries are recognised and left to `qemu-img`.
 
 mod header;
 #[cfg(test)]
@@ -37,12 +37,25 @@ type L2Table = Arc<[u64]>;
 /// How a run of bytes is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
+    /// Not stored: the backing file's, or zeroes where there is none.
+    Absent,
     /// Reads as zeroes.
     Zero,
     /// In the file from this offset on.
     At(u64),
     /// Compressed, which is not read here.
     Compressed,
+}
+
+/// What a file says of a run of its disk by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// Nothing: it is the backing file's.
+    Below,
+    /// It is zero.
+    Zero,
+    /// It has bytes.
+    Data,
 }
 
 /// An open image.
@@ -67,8 +80,18 @@ impl Qcow2 {
     /// Opens an image as a device of logical blocks of `block_bytes` (512 or 4096), and checks all its tables. Blocks.
     ///
     /// # Errors
-    /// [`Qcow2Error`] says what is damaged or not supported.
+    /// [`Qcow2Error`] says what is damaged or not supported, such as a backing file.
     pub(crate) fn open(path: &Path, block_bytes: u32) -> Result<Self, Qcow2Error> {
+        let image = Self::open_over(path, block_bytes)?;
+        match image.backing().map(str::to_owned) {
+            None => Ok(image),
+            Some(backing) => Err(Qcow2Error::Backing(backing)),
+        }
+    }
+
+    /// As [`open`](Self::open), also of an image that has only the difference to a backing file. That file is not opened; read as a
+    /// device, what is the backing file's is zero.
+    pub(crate) fn open_over(path: &Path, block_bytes: u32) -> Result<Self, Qcow2Error> {
         let file = File::open(path)?;
         let file_bytes = file.metadata()?.len();
         let header = Header::read(&file, file_bytes)?;
@@ -114,6 +137,30 @@ impl Qcow2 {
         }
     }
 
+    /// The file that has what this one does not, as its writer named it.
+    pub(crate) fn backing(&self) -> Option<&str> {
+        self.inner.header.backing.as_deref()
+    }
+
+    /// Size of a cluster in bytes: no run of [`own`](Self::own) begins or ends within one, but at the disk's end.
+    pub(crate) fn cluster_bytes(&self) -> u64 {
+        self.inner.header.cluster_bytes()
+    }
+
+    /// What the file has by itself from `offset` of the disk on, and for how many bytes, at most `most`. Blocks.
+    ///
+    /// # Errors
+    /// The operating system's, or what is damaged.
+    pub(crate) fn own(&self, offset: u64, most: u64) -> Result<(Own, u64), Qcow2Error> {
+        let (place, bytes) = self.inner.run(offset, most)?;
+        let own = match place {
+            Place::Absent if self.inner.header.backing.is_some() => Own::Below,
+            Place::Absent | Place::Zero => Own::Zero,
+            Place::At(_) | Place::Compressed => Own::Data,
+        };
+        Ok((own, bytes))
+    }
+
     /// Bytes of the disk that have storage in the file.
     pub(crate) fn stored_bytes(&self) -> u64 {
         self.inner.stored_bytes
@@ -136,7 +183,7 @@ impl Inner {
                     break;
                 }
                 match self.place(*entry, guest)? {
-                    Place::Zero => {}
+                    Place::Absent | Place::Zero => {}
                     Place::At(_) => self.stored_bytes += cluster.min(self.header.bytes - guest),
                     Place::Compressed => self.compressed = true,
                 }
@@ -163,7 +210,7 @@ impl Inner {
         }
         let offset = entry & OFFSET_MASK;
         if offset == 0 {
-            return Ok(Place::Zero);
+            return Ok(Place::Absent);
         }
         if !offset.is_multiple_of(cluster) {
             return Err(Qcow2Error::Damaged("a cluster's offset is not aligned"));
@@ -234,7 +281,7 @@ impl Inner {
         let reach = self.header.l2_reach();
         let most = most.min(reach - guest % reach);
         let Some(table) = self.l2(guest / reach)? else {
-            return Ok((Place::Zero, most));
+            return Ok((Place::Absent, most));
         };
         let within = guest % cluster;
         let mut first = None;
@@ -254,7 +301,7 @@ impl Inner {
             first = first.or(Some(place));
             bytes += cluster - at % cluster;
         }
-        let place = match first.unwrap_or(Place::Zero) {
+        let place = match first.unwrap_or(Place::Absent) {
             Place::At(offset) => Place::At(offset + within),
             other => other,
         };
@@ -266,7 +313,7 @@ impl Inner {
             let (place, bytes) = self.run(guest, buffer.len() as u64)?;
             let (now, rest) = buffer.split_at_mut(bytes as usize); // at most the buffer's length
             match place {
-                Place::Zero => now.fill(0),
+                Place::Absent | Place::Zero => now.fill(0),
                 Place::At(offset) => self.file.read_exact_at(now, offset)?,
                 Place::Compressed => {
                     return Err(Qcow2Error::Damaged(
@@ -342,15 +389,14 @@ impl BlockDevice for Qcow2 {
             let inner = Arc::clone(&self.inner);
             blocking(offset, move || {
                 let (place, mut length) = inner.run(offset, bytes)?;
-                let state = if place == Place::Zero {
-                    Provisioning::Hole
-                } else {
-                    Provisioning::Mapped
+                let state = match place {
+                    Place::Absent | Place::Zero => Provisioning::Hole,
+                    Place::At(_) | Place::Compressed => Provisioning::Mapped,
                 };
                 // Empty parts of a large image are told at once, not table by table.
                 while state == Provisioning::Hole && length < bytes {
                     match inner.run(offset + length, bytes - length)? {
-                        (Place::Zero, more) => length += more,
+                        (Place::Absent | Place::Zero, more) => length += more,
                         _ => break,
                     }
                 }
