@@ -16,6 +16,17 @@ pub struct InitiatorPort {
     pub isid: [u8; 6],
 }
 
+/// The ISIDs of open-iscsi begin so, in each of its versions: an OUI, Cisco's (RFC 7143 §11.12.5). QEMU's are random, and begin with 80h.
+const OPEN_ISCSI: [u8; 3] = [0x00, 0x02, 0x3d];
+
+impl InitiatorPort {
+    /// Whether it repeats for minutes what is NOT READY and gives up what is DATA PROTECT: Linux's own does
+    /// (docs/decisions/0173-linuxs-initiator-waits-for-room.md).
+    pub fn comes_again(&self) -> bool {
+        self.isid.starts_with(&OPEN_ISCSI)
+    }
+}
+
 /// Where registrations and the reservation of a unit outlive the process.
 pub trait Keeper: std::fmt::Debug + Send + Sync {
     /// Keeps `text` in place of what was kept before; returns once that is durable. A crash at any moment leaves

@@ -64,6 +64,8 @@ senses! {
     STANDBY = 2, 0x040b;
     /// NOT READY: logical unit not accessible, target port in unavailable state.
     UNAVAILABLE = 2, 0x040c;
+    /// NOT READY: logical unit not ready, space allocation in progress.
+    ALLOCATING = 2, 0x0414;
     /// MEDIUM ERROR: unrecovered read error.
     READ_ERROR = 3, 0x1100;
     /// MEDIUM ERROR: write error.

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::task::Context;
+use std::time::Duration;
 
 use super::buffers::Block;
 use super::connection::{Abortion, Connection, Done, ReadTask, TaskKind};
@@ -12,6 +13,10 @@ use crate::pdu::{
     task_response,
 };
 use crate::scsi::{SENSE_BYTES, Sense, status};
+
+/// Who comes again does so 3 ms after its answer, with each of its commands: this is what it costs while there is no room. Aborts and the
+/// end of a session wait for it.
+const ROOM_PAUSE: Duration = Duration::from_millis(500);
 
 /// What is left over of `expected` bytes when the command calls for `actual`.
 pub(super) fn residual(expected: u32, actual: u64) -> Residual {
@@ -248,8 +253,35 @@ impl Connection {
         }
     }
 
+    /// Who comes again where there was no room is told to, after a while. `None`: so it will be.
+    fn put_off(&mut self, mut done: Done, cx: &mut Context<'_>) -> Option<Done> {
+        match &mut done {
+            Done::Task {
+                itt,
+                serial,
+                outcome: Outcome::Check(sense),
+                ..
+            } if *sense == Sense::NO_SPACE
+                && self.handle.port.comes_again()
+                && self.is_live(*itt, *serial) =>
+            {
+                *sense = Sense::ALLOCATING;
+            }
+            _ => return Some(done),
+        }
+        let later = async move {
+            tokio::time::sleep(ROOM_PAUSE).await;
+            done
+        };
+        self.launch(Box::pin(later), cx);
+        None
+    }
+
     /// A device gave an answer.
     pub(super) fn done(&mut self, done: Done, cx: &mut Context<'_>) {
+        let Some(done) = self.put_off(done, cx) else {
+            return;
+        };
         match done {
             Done::Piece(read, block, result) => {
                 let bytes = self.next_piece(&read);

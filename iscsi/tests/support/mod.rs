@@ -229,17 +229,36 @@ impl Client {
         Self::negotiate(portal, Some(target), number, Terms::default()).await
     }
 
+    /// A login as open-iscsi's.
+    pub(crate) async fn login_as_linux(portal: SocketAddr, target: &str) -> Self {
+        let isid = [0x00, 0x02, 0x3d, 0x01, 0, 0];
+        let login = Self::negotiate_as(portal, Some(target), 0, isid, Terms::default()).await;
+        let mut client = login.expect("a login");
+        client.hear_attention().await;
+        client
+    }
+
     async fn negotiate(
         portal: SocketAddr,
         target: Option<&str>,
         number: u8,
         terms: Terms,
     ) -> Result<Self, (u8, u8)> {
+        Self::negotiate_as(portal, target, number, [0x80, 0, 0, 0, 0, number], terms).await
+    }
+
+    async fn negotiate_as(
+        portal: SocketAddr,
+        target: Option<&str>,
+        number: u8,
+        isid: [u8; 6],
+        terms: Terms,
+    ) -> Result<Self, (u8, u8)> {
         let mut client = Self::connect(portal).await;
         let mut login = InitiatorLogin::new(InitiatorOptions {
             initiator: iqn(&format!("iqn.2026-11.test:client-{number}")),
             target: target.map(iqn),
-            isid: [0x80, 0, 0, 0, 0, number],
+            isid,
             terms,
         });
         loop {

@@ -20,7 +20,7 @@ use treeboot_tests::wait::wait_until;
 use crate::room::small;
 use crate::support::{Machine, with_cluster};
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 const LARGE: (&str, Pattern) = (
     "large",
     Pattern {
@@ -100,14 +100,14 @@ async fn cached(agent: &Daemon, name: &str) -> Result<v1::CachedImage> {
 }
 
 /// `treeboot cache VERB --host HOST …`
-async fn cache(cluster: &Cluster, host: &Daemon, verb: &str, what: &str) -> Result<String> {
+pub(crate) async fn cache(cluster: &Cluster, host: &Daemon, verb: &str, what: &str) -> Result<String> {
     cluster
         .treeboot(&["cache", verb, "--host", host.name(), what])
         .await
 }
 
 /// Puts the host's cache into directories with budgets, in MiB.
-async fn divide(cluster: &Cluster, host: &Daemon, members: &[(&Path, u64)]) -> Result<()> {
+pub(crate) async fn divide(cluster: &Cluster, host: &Daemon, members: &[(&Path, u64)]) -> Result<()> {
     for (path, mib) in members {
         cache(cluster, host, "add", &format!("{}={mib}M", path.display())).await?;
     }
@@ -332,7 +332,7 @@ fn mount_program(program: &str, args: &[&std::ffi::OsStr]) -> Result<()> {
     Ok(())
 }
 
-async fn await_failure(host: &Daemon, directory: &Path) -> Result<()> {
+pub(crate) async fn await_failure(host: &Daemon, directory: &Path) -> Result<()> {
     wait_until(SOON, "the failed member to be dropped", || async {
         let report = show(host).await?;
         let failed = report.members.iter().find(|member| {

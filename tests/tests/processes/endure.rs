@@ -3,10 +3,12 @@
 //!
 //! `TREEBOOT_ENDURE_RESTARTS` and `TREEBOOT_ENDURE_KILLS` say how often each process is restarted and killed; `cargo xtask soak endure` is the long one.
 
+mod caches;
 mod front;
 mod pauses;
 
 use std::cell::RefCell;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,20 +28,22 @@ use treeboot_tests::{fleet, guest, measure, uml};
 use crate::device::{Device, holders};
 use crate::room;
 use crate::support::{Machine, on_own_thread_within};
+use caches::{Devices, Part};
 use front::Writer;
 use pauses::{Round, Seen, table};
 
 const IMAGE: &str = "base";
 /// For what takes milliseconds on a machine that does nothing else, and seconds where an initiator tries again.
 const SOON: Duration = Duration::from_secs(60);
-/// Who found no room for so long stands still.
+/// Who did nothing for so long stands still.
 const STILL: Duration = Duration::from_secs(1);
 /// How long a host that says nothing keeps its place: short, so that a loss for good is one soon.
 const LEASE_MS: &str = "3000";
 /// Of one round, under emulation and with everything else at work; it takes 0.1 to 4 s.
 const ROUND_LIMIT: Duration = Duration::from_secs(8);
-const WRITER_NEEDS: [Need; 4] = [
+const WRITER_NEEDS: [Need; 5] = [
     Need::Root,
+    Need::Program("perl", "perl-base"),
     Need::Program("fio", "fio"),
     Need::Program("blkdiscard", "util-linux"),
     Need::Program("mkfs.ext4", "e2fsprogs"),
@@ -69,7 +73,7 @@ impl Counts {
     }
 
     fn limit(self) -> Duration {
-        Duration::from_secs(180) + ROUND_LIMIT * (4 * self.each())
+        Duration::from_secs(180) + ROUND_LIMIT * (5 * self.each())
     }
 }
 
@@ -85,13 +89,26 @@ impl Sizes {
     fn of(counts: Counts) -> Self {
         let many = u64::from(counts.each());
         Self {
-            written: (3 + many / 2).min(32) << 20,
+            written: (1 + many / 2).min(32) << 20,
             base: (12 + 2 * many) << 20,
         }
     }
 
     fn bytes(self) -> u64 {
         self.written + self.base
+    }
+
+    /// The writer writes nothing while it verifies: at 8 MiB a second at least.
+    fn still(self) -> Duration {
+        STILL + Duration::from_secs(self.written >> 23)
+    }
+
+    /// The first MiB of the base.
+    fn read_again(self) -> Part {
+        Part {
+            offset: self.written,
+            bytes: 1 << 20,
+        }
     }
 }
 
@@ -117,7 +134,7 @@ struct Endurance<'a> {
 enum Progress {
     /// The writes that the block device has done.
     Device(PathBuf),
-    /// The files of the disk.
+    /// The room that the disk takes.
     Delta,
     /// What the guest says of its rounds.
     Console(PathBuf),
@@ -136,10 +153,7 @@ impl<'a> Endurance<'a> {
 
     fn progress(&self) -> Result<u64> {
         match &self.progress {
-            Progress::Delta => {
-                let age = self.written()?.duration_since(SystemTime::UNIX_EPOCH)?;
-                Ok(u64::try_from(age.as_nanos())?)
-            }
+            Progress::Delta => self.allocated(),
             Progress::Console(console) => Ok(std::fs::metadata(console)?.len()),
             Progress::Device(device) => {
                 let device = std::fs::canonicalize(device)?;
@@ -152,9 +166,9 @@ impl<'a> Endurance<'a> {
         }
     }
 
-    /// When the disk's files were written to last.
-    fn written(&self) -> Result<SystemTime> {
-        let mut newest = SystemTime::UNIX_EPOCH;
+    /// Bytes that the disk's files take: each block is written once, until all are discarded. That a file was changed says less: a write that finds no room changes it, too.
+    fn allocated(&self) -> Result<u64> {
+        let mut sectors = 0;
         let mut folders = vec![self.host.folder().join("state/deltas")];
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder)? {
@@ -163,11 +177,11 @@ impl<'a> Endurance<'a> {
                 let Ok(about) = entry.metadata() else { continue };
                 match about.is_dir() {
                     true => folders.push(entry.path()),
-                    false => newest = newest.max(about.modified()?),
+                    false => sectors += about.blocks(),
                 }
             }
         }
-        Ok(newest)
+        Ok(sectors * 512)
     }
 
     async fn writes_go_on(&self) -> Result<()> {
@@ -309,16 +323,18 @@ impl<'a> Endurance<'a> {
         .await
     }
 
-    async fn full_disk(&self, small: &Path) -> Result<()> {
-        self.rounds("no room for a second", 1, async || {
+    /// `still`: nobody who has room does nothing for so long.
+    async fn full_disk(&self, small: &Path, still: Duration) -> Result<()> {
+        self.rounds("no room for a while", 1, async || {
             let hog = room::Hog::new(small)?;
-            let mut full = Instant::now();
+            let (mut since, mut progress) = (Instant::now(), self.progress()?);
             wait_until(SOON, "the writer to stand still", async || {
                 // What the writer discards is taken, too. It needs room for each of its writes.
-                if hog.take_all()? {
-                    full = Instant::now();
+                let before = std::mem::replace(&mut progress, self.progress()?);
+                if hog.take_all()? || progress != before {
+                    since = Instant::now();
                 }
-                Ok((full.elapsed() > STILL).then_some(()))
+                Ok((since.elapsed() > still).then_some(()))
             })
             .await?;
             hog.remove()
@@ -389,7 +405,10 @@ fn a_block_device_outlives_everything_but_its_host() -> Result<()> {
         let cluster = Cluster::prepare("endure-device", &plan(false))?;
         let small = cluster.hosts[1].folder().join("state/deltas");
         room::small(&cluster.path().join("small.img"), &small)?;
-        start(&cluster, &pattern(&cluster, sizes)?, IMAGE).await?;
+        let mut devices = Devices::mount(&cluster, counts.kills)?;
+        let image = pattern(&cluster, sizes)?;
+        start(&cluster, &image, IMAGE).await?;
+        devices.begin(&image, sizes.read_again()).await?;
         let device = Device::new(&cluster.hosts[1], "endures");
         let endurance = Endurance::new(&cluster, IMAGE, Progress::Device(device.path()));
         endurance.host.agent().await?.create(device.request()).await?;
@@ -397,9 +416,11 @@ fn a_block_device_outlives_everything_but_its_host() -> Result<()> {
         writer.begins(|| endurance.progress()).await?;
         let struck = async {
             endurance.others(counts, true).await?;
+            let again = || Writer::read_again(&cluster);
+            endurance.lost_caches(counts.kills, &mut devices, again).await?;
             endurance.holder(counts).await?;
             endurance.agent(counts).await?;
-            endurance.full_disk(&small).await
+            endurance.full_disk(&small, sizes.still()).await
         };
         let struck = struck.await;
         // Its own words say more than that it did not go on.
@@ -430,7 +451,12 @@ fn the_kernels_initiator_outlives_everything_but_its_host() -> Result<()> {
     on_own_thread_within(counts.limit(), Machine::Alone, async move || {
         let sizes = Sizes::of(counts);
         let cluster = Cluster::prepare("endure-initiator", &plan(true))?;
-        start(&cluster, &pattern(&cluster, sizes)?, IMAGE).await?;
+        let small = cluster.hosts[1].folder().join("state/deltas");
+        room::small(&cluster.path().join("small.img"), &small)?;
+        let mut devices = Devices::mount(&cluster, counts.kills)?;
+        let image = pattern(&cluster, sizes)?;
+        start(&cluster, &image, IMAGE).await?;
+        devices.begin(&image, sizes.read_again()).await?;
         let endurance = Endurance::new(&cluster, IMAGE, Progress::Delta);
         let create = v1::CreateRequest {
             vm: "endures".into(),
@@ -442,7 +468,10 @@ fn the_kernels_initiator_outlives_everything_but_its_host() -> Result<()> {
         let mut writer = Writer::guest(&cluster, sizes, &created).await?;
         writer.begins(|| endurance.progress()).await?;
         endurance.others(counts, true).await?;
+        let again = || Writer::read_again(&cluster);
+        endurance.lost_caches(counts.kills, &mut devices, again).await?;
         endurance.agent(counts).await?;
+        endurance.full_disk(&small, sizes.still()).await?;
         let output = writer.finish().await?;
         endurance.tell("`iscsi://`, Linux's initiator", &Seen::parse(&output));
         cluster.pass();
@@ -477,12 +506,15 @@ fn qemu_outlives_everything_but_its_host() -> Result<()> {
         let cluster = Cluster::prepare("endure-qemu", &plan(false))?;
         let small = cluster.hosts[1].folder().join("state/deltas");
         room::small(&cluster.path().join("small.img"), &small)?;
+        let mut devices = Devices::mount(&cluster, counts.kills)?;
         start(&cluster, &file, IMAGE).await?;
-        let mut order = guest::order_with_jobs(
-            "endures",
-            IMAGE,
-            &[&format!("soak_seconds={}", counts.limit().as_secs())],
-        );
+        let part = Part::of_content(&file, 256 << 10)?;
+        devices.begin(&file, part).await?;
+        let jobs = [
+            format!("soak_again={}", part.offset >> 16),
+            format!("soak_seconds={}", counts.limit().as_secs()),
+        ];
+        let mut order = guest::order_with_jobs("endures", IMAGE, &jobs.each_ref().map(String::as_str));
         order.ready_line = guest::UP.into();
         let vm = fleet::boot(&cluster.hosts[1], &order).await?;
         let endurance = Endurance::new(
@@ -497,8 +529,10 @@ fn qemu_outlives_everything_but_its_host() -> Result<()> {
                 .rounds("nothing", counts.kills, async || endurance.writes_go_on().await)
                 .await?;
             endurance.others(counts, false).await?;
+            let again = || Ok(guest::console(&vm)?.matches(" round ").count() as u64);
+            endurance.lost_caches(counts.kills, &mut devices, again).await?;
             endurance.agent(counts).await?;
-            endurance.full_disk(&small).await?;
+            endurance.full_disk(&small, STILL).await?;
             endurance
                 .rounds("nothing, again", 2, async || endurance.writes_go_on().await)
                 .await

@@ -41,6 +41,7 @@ for try in $(seq 200); do
 done
 DISK=/dev/$disk
 STOP=/tmp/host/stop
+AGAIN=/tmp/host/again
 cd /tmp/work
 "#;
 
@@ -65,14 +66,18 @@ fn variables(cluster: &Cluster, sizes: Sizes) -> String {
     )
 }
 
+fn folder(cluster: &Cluster) -> PathBuf {
+    cluster.path().join("writer")
+}
+
 impl Writer {
     pub(super) fn here(cluster: &Cluster, sizes: Sizes, device: &Path) -> Result<Self> {
-        let folder = cluster.path().join("writer");
+        let folder = folder(cluster);
         std::fs::create_dir(&folder)?;
         let (stop, output) = (folder.join("stop"), folder.join("output.log"));
         let script = folder.join("script.sh");
         let text = format!(
-            "{}DISK='{}'\nSTOP='{}'\n{SCRIPT}",
+            "{}DISK='{}'\nSTOP='{}'\nAGAIN=again\n{SCRIPT}",
             variables(cluster, sizes),
             device.display(),
             stop.display()
@@ -96,7 +101,7 @@ impl Writer {
         let disk = created.disk.as_ref().context("an answer without the disk")?;
         let secret = created.secret.as_ref().context("an answer without the secret")?;
         let url: IscsiUrl = disk.url.parse()?;
-        let folder = cluster.path().join("writer");
+        let folder = folder(cluster);
         std::fs::create_dir(&folder)?;
         let script = format!(
             "{}FOLDER='{}'\nINITIATOR='{}'\nTARGET='{}'\nPORTAL='{}'\nCHAP_USER='{}'\nCHAP_SECRET='{}'\n{LOG_IN}{SCRIPT}",
@@ -120,6 +125,12 @@ impl Writer {
             guest: Guest::start(cluster.scratch(), network, &spec).await?,
             stop: folder.join("stop"),
         })
+    }
+
+    /// How often it has read the first MiB of the base.
+    pub(super) fn read_again(cluster: &Cluster) -> Result<u64> {
+        let text = std::fs::read_to_string(folder(cluster).join("again"));
+        text.map_or(Ok(0), |text| Ok(text.trim().parse()?))
     }
 
     /// Lets it come to its end; gives what it printed.
