@@ -40,14 +40,35 @@ const ROOT_MODULES: &[&str] = &[
     "fs/fat/vfat",
     "drivers/acpi/button",
     "drivers/input/evdev",
+    "drivers/char/virtio_console",
 ];
+/// What freezes its file systems when the host asks; started where the seed says so.
+const AGENT: &str = "qemu-guest-agent";
+/// Packages with what the agent is linked to, beside glib's, whose name differs between releases.
+const AGENT_PACKAGES: &[&str] = &["libc6", "libnuma1", "libpcre2-8-0", "libudev1", "liburing2"];
+/// Files of these packages that it needs.
+const AGENT_LIBRARIES: &[&str] = &[
+    "libc.so.6",
+    "libglib-2.0.so.0",
+    "libgmodule-2.0.so.0",
+    "libm.so.6",
+    "libnuma.so.1",
+    "libpcre2-8.so.0",
+    "libudev.so.1",
+    "liburing.so.2",
+];
+/// The dynamic loader, whose path is part of the ABI.
+const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// Makes the disk.
 pub(super) fn build(work: &Path, out: &Path) -> Result<()> {
     apt::ensure_packages(disk::PACKAGES)?;
     let packages = work.join("packages");
     let kernel = apt::dependency(KERNEL, "linux-image-")?;
-    apt::unpack(&["busybox-static", &kernel], &packages)?;
+    let glib = apt::dependency(AGENT, "libglib2.0-0")?;
+    let mut all = vec!["busybox-static", &kernel, AGENT, &glib];
+    all.extend(AGENT_PACKAGES);
+    apt::unpack(&all, &packages)?;
     let busybox =
         std::fs::read(packages.join("bin/busybox")).context("busybox-static holds no bin/busybox")?;
     let modules = only_entry(&packages.join("lib/modules"))?.join("kernel");
@@ -66,6 +87,8 @@ pub(super) fn build(work: &Path, out: &Path) -> Result<()> {
         "tmp",
         "seed",
         "lib/modules",
+        "lib/x86_64-linux-gnu",
+        "lib64",
         "var/treeboot",
     ] {
         std::fs::create_dir_all(tree.join(dir))?;
@@ -90,6 +113,7 @@ pub(super) fn build(work: &Path, out: &Path) -> Result<()> {
         let (name, bytes) = read_module(&modules, module)?;
         put(&tree, &format!("lib/modules/{name}"), &bytes, 0o644)?;
     }
+    put_agent(&tree, &packages)?;
     let layout = Layout {
         bytes: DISK_BYTES,
         tree: &tree,
@@ -99,6 +123,21 @@ pub(super) fn build(work: &Path, out: &Path) -> Result<()> {
         wrapper: &[],
     };
     disk::assemble(&layout, work, out)
+}
+
+fn put_agent(tree: &Path, packages: &Path) -> Result<()> {
+    let agent = std::fs::read(packages.join("usr/sbin/qemu-ga")).context("there is no qemu-ga")?;
+    put(tree, "sbin/qemu-ga", &agent, 0o755)?;
+    let libraries = AGENT_LIBRARIES
+        .iter()
+        .map(|name| (format!("lib/x86_64-linux-gnu/{name}"), *name));
+    for (to, name) in libraries.chain([(format!("lib64/{LOADER}"), LOADER)]) {
+        let places = ["lib", "usr/lib"].map(|lib| packages.join(lib).join("x86_64-linux-gnu").join(name));
+        let place = places.iter().find(|place| place.exists());
+        let place = place.with_context(|| format!("no package holds {name}"))?;
+        put(tree, &to, &std::fs::read(place)?, 0o755)?;
+    }
+    Ok(())
 }
 
 /// Left uncompressed: to unpack it costs an emulated processor more than the disk saves.

@@ -110,6 +110,28 @@ soak() {
     say "soak done, rounds $rounds, errors $errors"
 }
 
+# The host asks it to hold the file systems still while a snapshot is taken.
+guest_agent() {
+    insmod /lib/modules/virtio_console.ko
+    port=$(grep -l org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name | head -n 1 | cut -d / -f 5)
+    if [ -z "$port" ]; then
+        say "no port for a guest agent"
+        return
+    fi
+    qemu-ga -m virtio-serial -p "/dev/$port" -t /run -f /run/qemu-ga.pid -l /run/qemu-ga.log &
+    say "guest agent on $port"
+}
+
+# Lines that are on the disk when they are said.
+steady() {
+    line=0
+    while [ "$line" -lt "$1" ]; do
+        line=$((line + 1))
+        echo "$line" >>$data/steady && sync && say "line $line"
+        sleep 0.2
+    done
+}
+
 jobs() {
     # In the order of the seed.
     while IFS='=' read -r key value; do
@@ -119,6 +141,8 @@ jobs() {
         verify_mb) check write $((value * 1024)) $data/written && say "verified $value MiB" ;;
         soak_seconds) soak "$value" ;;
         say) say "$value" ;;
+        guest_agent) guest_agent ;;
+        steady) steady "$value" ;;
         poweroff) going_down ;;
         esac
     done </run/seed
@@ -127,6 +151,8 @@ jobs() {
 
 going_down() {
     say "going down"
+    # Some guests take their time.
+    sleep "$(setting slow_end | grep . || echo 0)"
     sync
     mount -o remount,ro / || true
     poweroff -f
