@@ -26,6 +26,8 @@ use crate::spec::{DiskSource, Readiness, RunDir, VmSpec};
 
 /// Name of the disk's block node; [`DISK_DEVICE`] is the device in front of it.
 pub(crate) const DISK_NODE: &str = "disk";
+/// The channel of the guest's agent.
+pub(crate) const AGENT_CHARDEV: &str = "agent";
 /// The secret of the disk, in QEMU.
 const DISK_SECRET: &str = "disk-secret";
 /// Id of the disk's device.
@@ -108,6 +110,19 @@ pub(crate) fn arguments(spec: &VmSpec, acceleration: Acceleration, forward: Opti
     words.option("-object", "rng-random,id=rng,filename=/dev/urandom");
     words.option("-device", "virtio-rng-pci,rng=rng");
     network(spec, forward, &mut words);
+    // Last, so that no other device has another address in the guest than before there was one.
+    words.option(
+        "-chardev",
+        format!(
+            "socket,id={AGENT_CHARDEV},path={},server=on,wait=off",
+            dir.agent().display()
+        ),
+    );
+    words.option("-device", "virtio-serial-pci,id=serial0");
+    words.option(
+        "-device",
+        format!("virtserialport,bus=serial0.0,chardev={AGENT_CHARDEV},name=org.qemu.guest_agent.0"),
+    );
     words.0
 }
 

@@ -6,7 +6,8 @@
 //! - [`Seed`] makes the cloud-init NoCloud disk.
 //!
 //! A VM lives in its *run directory*, and nothing about it is kept elsewhere: `vm.json` (what was asked), `qemu.pid`,
-//! `qmp.sock` (commands), `events.sock` (what QEMU tells), `console.log` (the serial console), `qemu.log` (QEMU's own
+//! `qmp.sock` (commands), `events.sock` (what QEMU tells), `agent.sock` (the guest
+//! agent), `console.log` (the serial console), `qemu.log` (QEMU's own
 //! words), `seed.img`. QEMU detaches itself into a session of its own, so that it outlives the process that started it.
 //! Under systemd that process needs `KillMode=process`, since a service's processes are otherwise ended together.
 //!
@@ -18,6 +19,7 @@
 mod boot_sector;
 mod command;
 mod console;
+mod guest_agent;
 mod probe;
 mod process;
 mod qmp;
@@ -26,6 +28,7 @@ mod spec;
 mod vm;
 
 pub use console::{io_errors, ready_line};
+pub use guest_agent::{GuestAgent, GuestAgentError};
 pub use probe::{Acceleration, Hypervisor, ProbeError, ProbeOptions, QEMU_PACKAGES, probe, probe_with};
 pub use qmp::QmpError;
 pub use seed::{Seed, SeedError};

@@ -232,6 +232,9 @@ impl RunDir<'_> {
     pub(crate) fn events(&self) -> PathBuf {
         self.0.join("events.sock")
     }
+    pub(crate) fn agent(&self) -> PathBuf {
+        self.0.join("agent.sock")
+    }
     pub(crate) fn console(&self) -> PathBuf {
         self.0.join("console.log")
     }

@@ -16,6 +16,7 @@ use crate::qmp::{Qmp, QmpError};
 use crate::spec::{DiskSource, Readiness, RunDir, VmSpec};
 
 mod error;
+mod frozen;
 mod pauses;
 mod stats;
 
@@ -149,6 +150,7 @@ fn prepare(spec: &VmSpec) -> Result<(), StartError> {
         dir.pid(),
         dir.qmp(),
         dir.events(),
+        dir.agent(),
         dir.console(),
         dir.log(),
         dir.launch_log(),
