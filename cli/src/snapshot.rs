@@ -13,12 +13,19 @@ use crate::vm::agent_with;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum SnapshotVerb {
     /// Take a snapshot of a VM's disk; the VM goes on meanwhile
-    #[command(after_help = "Example:\n  treeboot snapshot create web-1 before-upgrade")]
+    #[command(
+        after_help = "A guest that runs qemu-guest-agent holds its file systems still for that moment, so that the snapshot holds them as after an \
+                      orderly end ('frozen'). Else it holds what a power failure would leave ('crash-consistent').\n\n\
+                      Example:\n  treeboot snapshot create web-1 before-upgrade\n  treeboot snapshot create web-1 before-upgrade --freeze require"
+    )]
     Create {
         /// The VM's name
         vm: VmName,
         /// The snapshot's name
         snapshot: SnapshotName,
+        /// Whether the guest is to hold its file systems still: where its agent answers, or else not at all, or never
+        #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+        freeze: FreezeArg,
         /// The host; looked up where it is left out
         #[arg(long)]
         host: Option<HostName>,
@@ -62,6 +69,39 @@ pub(crate) enum SnapshotVerb {
     },
 }
 
+/// When a guest is to hold its file systems still.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+pub(crate) enum FreezeArg {
+    /// Where a guest agent answers
+    #[default]
+    Auto,
+    /// There is no snapshot otherwise
+    Require,
+    /// The guest is not asked
+    Never,
+}
+
+impl From<FreezeArg> for v1::Freeze {
+    fn from(freeze: FreezeArg) -> Self {
+        match freeze {
+            FreezeArg::Auto => Self::Auto,
+            FreezeArg::Require => Self::Require,
+            FreezeArg::Never => Self::Never,
+        }
+    }
+}
+
+/// What `snapshot create` says in `--json`.
+#[derive(Debug, Serialize)]
+struct TakenJson {
+    #[serde(flatten)]
+    layer: LayerJson,
+    /// Why the guest's file systems were not frozen; `null` where they were.
+    not_frozen: Option<String>,
+    /// Why they may still be.
+    trouble: Option<String>,
+}
+
 /// A layer in `--json`.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct LayerJson {
@@ -71,6 +111,8 @@ pub(crate) struct LayerJson {
     /// Its snapshot's name; `null` where it has none.
     pub(crate) snapshot: Option<String>,
     pub(crate) created_unix_ms: Option<u64>,
+    /// frozen, or crash-consistent; `null` where it is no snapshot.
+    pub(crate) consistency: Option<&'static str>,
     pub(crate) live: bool,
     pub(crate) allocated_bytes: u64,
     /// Its blocks have checksums.
@@ -85,6 +127,7 @@ impl LayerJson {
             parent: layer.parent,
             snapshot: named.then(|| layer.snapshot.clone()),
             created_unix_ms: named.then_some(layer.created_unix_ms),
+            consistency: named.then(|| consistency(layer.frozen)),
             live: layer.live,
             allocated_bytes: layer.allocated_bytes,
             sealed: layer.sealed,
@@ -101,6 +144,14 @@ impl LayerJson {
     }
 }
 
+/// What a snapshot's file systems are like.
+pub(crate) fn consistency(frozen: bool) -> &'static str {
+    match frozen {
+        true => "frozen",
+        false => "crash-consistent",
+    }
+}
+
 /// Layers as a table.
 pub(crate) fn table(layers: &[LayerJson]) -> String {
     let mut table = Table::new(&[
@@ -109,6 +160,7 @@ pub(crate) fn table(layers: &[LayerJson]) -> String {
         ("OVER", Align::Right),
         ("SIZE", Align::Right),
         ("CHECKSUMS", Align::Left),
+        ("CONSISTENCY", Align::Left),
     ]);
     for layer in layers {
         table.row([
@@ -119,6 +171,7 @@ pub(crate) fn table(layers: &[LayerJson]) -> String {
                 .map_or_else(|| "base".into(), |parent| parent.to_string()),
             output::bytes(layer.allocated_bytes),
             if layer.sealed { "yes" } else { "no" }.to_owned(),
+            layer.consistency.unwrap_or_default().to_owned(),
         ]);
     }
     table.render()
@@ -131,6 +184,7 @@ pub(crate) async fn run(options: &Options, verb: SnapshotVerb) -> Result<(), Fai
         SnapshotVerb::Create {
             vm,
             snapshot,
+            freeze,
             host,
             json,
         } => {
@@ -142,22 +196,38 @@ pub(crate) async fn run(options: &Options, verb: SnapshotVerb) -> Result<(), Fai
             let request = v1::SnapshotRequest {
                 vm: vm.to_string(),
                 snapshot: snapshot.to_string(),
+                freeze: v1::Freeze::from(freeze).into(),
             };
             let answer = agent.call(&doing, agent.client.clone().snapshot(request)).await?;
             let layer = answer.layer.ok_or_else(|| incomplete(&agent.peer, "layer"))?;
             let row = LayerJson::of(&layer);
+            let said = |text: String| (!text.is_empty()).then_some(text);
+            let (not_frozen, trouble) = (said(answer.not_frozen), said(answer.trouble));
             if json.json {
-                return output::print_json(&row);
+                return output::print_json(&TakenJson {
+                    layer: row,
+                    not_frozen,
+                    trouble,
+                });
             }
             let how = match answer.created {
                 true => "took",
                 false => "nothing was written since",
             };
-            output::print_text(&format!(
-                "{how} '{snapshot}' of '{vm}' on host '{}': {} in this layer\n",
+            let mut text = format!(
+                "{how} '{snapshot}' of '{vm}' on host '{}': {} in this layer, {}",
                 agent.host,
-                output::bytes(row.allocated_bytes)
-            ))
+                output::bytes(row.allocated_bytes),
+                consistency(layer.frozen)
+            );
+            if let Some(why) = not_frozen.filter(|_| answer.created) {
+                text += &format!(" ({})", output::printable(&why));
+            }
+            text.push('\n');
+            if let Some(trouble) = trouble {
+                text += &format!("  {}\n", output::printable(&trouble));
+            }
+            output::print_text(&text)
         }
         SnapshotVerb::List { vm, host, json } => {
             let agent = agent_with(&coordinator, options, &vm, host).await?;

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use treeboot_types::{Digest, ImageId, VmName};
 
-pub use disk::{DiskState, Move, RunSpec, Stage};
+pub use disk::{DiskState, Move, OldHost, RunSpec, Stage};
 pub use place::{Place, PlacedParent, PlacedStripe};
 
 use crate::planted::{Bug, planted};
@@ -80,6 +80,10 @@ pub struct Desired {
     /// when the VM is gone already.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taken: Vec<u64>,
+    /// Transfers by which VMs went from this host, and which a person declared void because the other host was gone for good. All are kept:
+    /// each is a person's word, and whoever comes back asks for it.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub taken_back: BTreeSet<u64>,
 }
 
 /// One change of what is desired: what the journal holds.
@@ -157,6 +161,11 @@ pub enum Change {
         /// The VM.
         vm: VmName,
     },
+    /// A transfer to another host is void, whatever that host says.
+    TakenBack {
+        /// The transfer.
+        transfer: u64,
+    },
 }
 
 impl Desired {
@@ -230,6 +239,9 @@ impl Desired {
             Change::Announced { incarnation } => self.announced_to = Some(incarnation),
             Change::VmGone { vm } => {
                 self.vms.remove(&vm);
+            }
+            Change::TakenBack { transfer } => {
+                self.taken_back.insert(transfer);
             }
         }
     }

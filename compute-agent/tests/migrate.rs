@@ -7,11 +7,10 @@ mod common;
 
 use std::time::Duration;
 
+use common::pair::*;
 use common::rig::*;
 use common::*;
-use tokio_util::sync::CancellationToken;
-use treeboot_agent::host::{HostError, MigrateRequest, Moved, Phase};
-use treeboot_agent::plane::Plane as _;
+use treeboot_agent::host::{HostError, MigrateRequest, Phase};
 use treeboot_agent::plane::faulty::FaultMode;
 
 /// Which of the two hosts goes wrong.
@@ -19,123 +18,6 @@ use treeboot_agent::plane::faulty::FaultMode;
 enum Side {
     Source,
     Destination,
-}
-
-/// Two hosts, and a VM on the first that has written, was snapshot, and has written on.
-struct Pair {
-    dirs: [tempfile::TempDir; 2],
-    hosts: [Option<Rig>; 2],
-    coordinator: std::net::SocketAddr,
-    stop: CancellationToken,
-    old: Vec<u8>,
-    written: Vec<u8>,
-}
-
-impl Pair {
-    async fn start() -> Self {
-        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        let stop = CancellationToken::new();
-        let coordinator = Play::default().start(None, stop.clone()).await;
-        let h1 = Rig::start(dirs[0].path(), "h1", coordinator).await;
-        let h2 = Rig::start(dirs[1].path(), "h2", coordinator).await;
-        until("both are known", || h1.host.connected() && h2.host.connected()).await;
-        let base = content(BLOCKS);
-        let image = import(&h1.host, "debian", &base).await;
-        let image = format!("{}@{}", image.name, image.version).parse().unwrap();
-        h1.host.create(&vm("web-1"), &image).await.unwrap();
-        h1.write("web-1", &[1, 2, 3], 1).await;
-        h1.host.snapshot(&vm("web-1"), &snapshot("old")).await.unwrap();
-        h1.write("web-1", &[3, 4], 2).await;
-        h1.alone("web-1").await;
-        let old = with(&base, &[1, 2, 3], 1);
-        Self {
-            written: with(&old, &[3, 4], 2),
-            old,
-            dirs,
-            hosts: [Some(h1), Some(h2)],
-            coordinator,
-            stop,
-        }
-    }
-
-    fn host(&self, n: usize) -> &Rig {
-        self.hosts[n].as_ref().unwrap()
-    }
-
-    /// It dies, and its successor finds what it left.
-    async fn replace(&mut self, n: usize) {
-        let old = self.hosts[n].take().unwrap();
-        let (address, portal) = (old.address, old.plane.portal().parse().unwrap());
-        old.end().await;
-        let name = ["h1", "h2"][n];
-        let new = Rig::start_at(self.dirs[n].path(), name, self.coordinator, address, portal).await;
-        self.hosts[n] = Some(new);
-    }
-
-    fn request(&self) -> MigrateRequest {
-        let to = self.host(1);
-        MigrateRequest {
-            vm: vm("web-1"),
-            to: (to.host.info().name, to.address.to_string()),
-        }
-    }
-
-    async fn migrate(&self) -> Result<Moved, HostError> {
-        let underway = self.host(0).host.begin_migration(self.request());
-        underway.end.await.unwrap()
-    }
-
-    /// On which hosts it is, where that is decided.
-    fn whereabouts(&self) -> Option<usize> {
-        let web = vm("web-1");
-        let desired = [0, 1].map(|n| self.host(n).host.desired());
-        let there = desired.iter().map(|desired| desired.disks.get(&web));
-        let there: Vec<_> = there.collect();
-        match there.as_slice() {
-            [Some(disk), None] if disk.moving.is_none() && !disk.doomed => Some(0),
-            [None, Some(disk)] if disk.moving.is_none() && !disk.doomed => Some(1),
-            _ => None,
-        }
-    }
-
-    /// It is on this host with all that it had, and nothing else is on either.
-    async fn settled(&self, n: usize, what: &str) {
-        let reason = format!("{what}: the VM is on host {n} alone");
-        until(&reason, || self.whereabouts() == Some(n)).await;
-        let rig = self.host(n);
-        let web = vm("web-1");
-        until(&format!("{what}: it is served"), || {
-            rig.plane.disk_stats(&web).is_some()
-        })
-        .await;
-        let reason = format!("{what}: nothing is left on the other");
-        until(&reason, || files(self.dirs[1 - n].path()).is_empty()).await;
-        assert!(rig.read("web-1").await == self.written, "{what}: its disk");
-        rig.alone("web-1").await;
-        // Where the merging itself went wrong, the next change goes on with it.
-        rig.host.snapshot(&web, &snapshot("poke")).await.unwrap();
-        rig.host.delete_snapshot(&web, &snapshot("poke")).await.unwrap();
-        let layers = async || rig.host.layers(&web, false).await.unwrap();
-        let waited = tokio::time::timeout(SOON, async {
-            while layers().await.len() != 2 || files(self.dirs[n].path()).len() != 3 {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        });
-        let settled = waited.await;
-        let left = files(self.dirs[n].path());
-        assert!(
-            settled.is_ok(),
-            "{what}: left are {left:?} of {:?}",
-            layers().await
-        );
-    }
-
-    async fn end(mut self) {
-        for host in &mut self.hosts {
-            host.take().unwrap().end().await;
-        }
-        self.stop.cancel();
-    }
 }
 
 /// One move that goes wrong at step `at` of one side. Whether that step was reached.

@@ -20,6 +20,7 @@ pub(super) fn snapshot(text: &str) -> Snapshot {
     Snapshot {
         name: name(text),
         created_unix_ms: 7,
+        frozen: false,
     }
 }
 

@@ -30,6 +30,9 @@ pub struct Snapshot {
     pub name: SnapshotName,
     /// When, in milliseconds since 1970, for people.
     pub created_unix_ms: u64,
+    /// The guest held its file systems still. Else what is on it is what a guest finds that lost its power.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub frozen: bool,
 }
 
 /// One layer.

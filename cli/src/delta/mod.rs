@@ -15,7 +15,7 @@ use treeboot_types::{HostName, VmName};
 use crate::client::{Agent, Coordinator, Options};
 use crate::failure::{Exit, Failure, chain};
 use crate::output::{self, JsonFlag};
-use crate::snapshot::LayerJson;
+use crate::snapshot::{LayerJson, consistency};
 use crate::vm::agent_with;
 
 /// The unit in which a disk's blocks are counted.
@@ -168,6 +168,7 @@ fn of_file(layer: LayerReport) -> CheckedJson {
             layer: layer.layer,
             parent: layer.parent,
             created_unix_ms: snapshot.as_ref().map(|snapshot| snapshot.created_unix_ms),
+            consistency: snapshot.as_ref().map(|snapshot| consistency(snapshot.frozen)),
             snapshot: snapshot.map(|snapshot| snapshot.name.to_string()),
             live: layer.live,
             allocated_bytes: layer.allocated_bytes,

@@ -19,7 +19,7 @@ pub(crate) struct VmJson {
     pub(crate) name: String,
     pub(crate) host: String,
     pub(crate) image: String,
-    /// created, starting, ready, paused, moving, stopped or failed.
+    /// created, starting, ready, paused, moving, unsure, lost, stopped or failed.
     pub(crate) state: &'static str,
     /// The host it is on its way to; `null` where it is on none.
     pub(crate) moves_to: Option<String>,
@@ -66,16 +66,13 @@ impl VmJson {
     pub(crate) fn of(host: &str, vm: Option<v1::Vm>, disk: Option<v1::Disk>) -> Self {
         let text = |text: String| (!text.is_empty()).then_some(text);
         let moving = disk.as_ref().and_then(|disk| disk.moving.as_ref());
-        let state = match moving {
-            Some(_) => "moving",
-            None => vm.as_ref().map_or("created", state),
-        };
-        let (moves_to, waits) = match moving {
-            Some(moving) => (
-                Some(moving.to.clone()),
-                moving.asked.then(|| undecided(&moving.to)),
-            ),
-            None => (None, None),
+        let (state, moves_to, waits) = match moving.map(|moving| (moving.end(), &moving.to, moving.asked)) {
+            Some((v1::DiskMoveEnd::Unspecified, to, asked)) => {
+                ("moving", Some(to.clone()), asked.then(|| undecided(to)))
+            }
+            Some((v1::DiskMoveEnd::Unsure, from, _)) => ("unsure", None, Some(unsure(from))),
+            Some((v1::DiskMoveEnd::Lost, from, _)) => ("lost", None, Some(lost(from, host))),
+            None => (vm.as_ref().map_or("created", state), None, None),
         };
         let limit_level = disk.as_ref().and_then(|disk| limit_level(disk.limit_level()));
         // Bytes are QEMU's own where it runs, and else what the disk's target counted.
@@ -125,6 +122,16 @@ impl VmJson {
 
 fn undecided(to: &str) -> String {
     format!("host '{to}' has not said yet whether it took it; until it does the VM runs nowhere")
+}
+
+fn unsure(from: &str) -> String {
+    format!(
+        "host '{from}', from which it came, has not said yet that it did not take it back; until it does the VM runs nowhere"
+    )
+}
+
+fn lost(from: &str, host: &str) -> String {
+    format!("host '{from}', from which it came, took it back; remove what is left of it with --host {host}")
 }
 
 /// A word for how near a limit is; `None` where there is none.
@@ -272,19 +279,27 @@ mod tests {
             paused: true,
             ..vm.clone()
         };
-        let moving = v1::Disk {
-            vm: "d".into(),
+        let moving = |vm: &str, asked, end: v1::DiskMoveEnd| v1::Disk {
+            vm: vm.into(),
             moving: Some(v1::DiskMove {
                 to: "h2".into(),
-                asked: true,
+                asked,
+                end: end.into(),
             }),
             ..disk.clone()
         };
+        let [asked, unsure, lost] = [
+            moving("d", true, v1::DiskMoveEnd::Unspecified),
+            moving("e", false, v1::DiskMoveEnd::Unsure),
+            moving("f", false, v1::DiskMoveEnd::Lost),
+        ];
         let rows = [
-            VmJson::of("h", None, Some(disk)),
+            VmJson::of("h", None, Some(disk.clone())),
             VmJson::of("h", Some(vm), None),
             VmJson::of("h", Some(paused), None),
-            VmJson::of("h", None, Some(moving)),
+            VmJson::of("h", None, Some(asked)),
+            VmJson::of("h", None, Some(unsure)),
+            VmJson::of("h", None, Some(lost)),
         ];
         assert_eq!((rows[0].state, rows[0].read_bytes), ("created", 5));
         assert_eq!(
@@ -294,7 +309,11 @@ mod tests {
              b   h     debian@1  failed                 0 B      0 B    0 B  QEMU ended\n\
              c   h     debian@1  paused                 0 B      0 B    0 B\n\
              d   h     debian@1  moving                 5 B      0 B    0 B  host 'h2' has not said yet whether it took it; until it does \
-             the VM runs nowhere\n"
+             the VM runs nowhere\n\
+             e   h     debian@1  unsure                 5 B      0 B    0 B  host 'h2', from which it came, has not said yet that it did not \
+             take it back; until it does the VM runs nowhere\n\
+             f   h     debian@1  lost                   5 B      0 B    0 B  host 'h2', from which it came, took it back; remove what is left \
+             of it with --host h\n"
         );
     }
 }

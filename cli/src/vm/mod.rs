@@ -5,19 +5,21 @@ mod many;
 mod show;
 mod spec;
 mod watch;
+mod whereabouts;
 
 use treeboot_proto::v1;
 use treeboot_types::{HostName, ImageRef, VmName};
 
-use crate::client::{Agent, Coordinator, Options, PARALLEL_CALLS, host_name, incomplete};
+use crate::client::{Agent, Coordinator, Options, host_name, incomplete};
 use crate::failure::{Exit, Failure};
 use crate::output::{self, JsonFlag};
-use crate::parallel;
 
 pub(crate) use list::{VmJson, limit_level, of_hosts};
 use show::SecretFile;
 pub(crate) use spec::{Machine, MachineArgs, ReadyArgs};
 pub(crate) use watch::until_ready;
+pub(crate) use whereabouts::agent_with;
+use whereabouts::whereabouts;
 
 /// Verbs on virtual machines.
 #[derive(Debug, clap::Subcommand)]
@@ -290,7 +292,7 @@ async fn start(options: &Options, args: StartArgs) -> Result<(), Failure> {
                 &args.host,
                 whereabouts(&coordinator, options, &args.name).await?.as_slice(),
             ) {
-                (None, [agent]) => agent.clone(),
+                (None, [part]) if !part.is_lost() => part.agent.clone(),
                 (host, _) => agent_for_new(&coordinator, options, host.clone()).await?,
             };
             (agent, image)
@@ -403,76 +405,6 @@ async fn image_of(agent: &Agent, vm: &str) -> Result<v1::ImageId, Failure> {
         )
         .advice("give --image to start a new one")
     })
-}
-
-/// The agent that has the VM: on the host that was named, or on the only one where it is found.
-pub(crate) async fn agent_with(
-    coordinator: &Coordinator,
-    options: &Options,
-    vm: &VmName,
-    host: Option<HostName>,
-) -> Result<Agent, Failure> {
-    if let Some(host) = host {
-        return coordinator.agent(&host).await;
-    }
-    let mut found = whereabouts(coordinator, options, vm).await?;
-    match (found.pop(), found.as_slice()) {
-        (Some(agent), []) => Ok(agent),
-        (Some(agent), others) => {
-            let hosts: Vec<&str> = others
-                .iter()
-                .chain([&agent])
-                .map(|agent| agent.host.as_str())
-                .collect();
-            Err(Failure::new(
-                Exit::Usage,
-                format!(
-                    "there are several VMs of the name '{vm}': on {}",
-                    hosts.join(", ")
-                ),
-            )
-            .advice("say which with --host"))
-        }
-        (None, _) => Err(
-            Failure::new(Exit::NotFound, format!("no connected host has a VM '{vm}'"))
-                .advice("see which there are: treeboot vm list"),
-        ),
-    }
-}
-
-/// The agents that have a VM or a disk of this name. A host that does not answer is named, because the VM may be there.
-async fn whereabouts(
-    coordinator: &Coordinator,
-    options: &Options,
-    vm: &VmName,
-) -> Result<Vec<Agent>, Failure> {
-    let hosts: Vec<_> = coordinator
-        .hosts()
-        .await?
-        .into_iter()
-        .filter(|host| host.connected)
-        .collect();
-    let answers = parallel::each(hosts, PARALLEL_CALLS, |host| async move {
-        let agent = Agent::connect(&host, options.timeout).await?;
-        let (vms, disks) = (agent.vms().await?, agent.disks().await?);
-        let here = vms.iter().any(|found| found.name == vm.as_str())
-            || disks.iter().any(|disk| disk.vm == vm.as_str());
-        Ok((agent, here))
-    })
-    .await;
-    let mut found = Vec::new();
-    let mut silent: Option<Failure> = None;
-    for answer in answers {
-        match answer {
-            Ok((agent, true)) => found.push(agent),
-            Ok((_, false)) => {}
-            Err(failure) => silent = Some(failure),
-        }
-    }
-    match silent {
-        Some(failure) if found.is_empty() => Err(failure),
-        _ => Ok(found),
-    }
 }
 
 /// The agent on which a new VM goes: the one named, or the only one that runs VMs.

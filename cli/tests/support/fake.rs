@@ -233,6 +233,9 @@ impl Coordinator for FakeCoordinator {
         let hosts = self.world.lock().unwrap().hosts.clone();
         Ok(Response::new(v1::ListHostsResponse { hosts }))
     }
+    async fn get_host(&self, _: Request<v1::GetHostRequest>) -> Answer<v1::GetHostResponse> {
+        unused()
+    }
     async fn get_tree(&self, request: Request<v1::GetTreeRequest>) -> Answer<v1::GetTreeResponse> {
         let image = Some(self.find(request.into_inner().image)?);
         let nodes = self.world.lock().unwrap().nodes.clone();
@@ -670,6 +673,12 @@ impl Agent for FakeAgent {
         unused()
     }
     async fn settle_vm(&self, _: Request<v1::SettleVmRequest>) -> Answer<v1::SettleVmResponse> {
+        unused()
+    }
+    async fn vm_taken(&self, _: Request<v1::VmTakenRequest>) -> Answer<v1::VmTakenResponse> {
+        unused()
+    }
+    async fn take_back_vm(&self, _: Request<v1::TakeBackVmRequest>) -> Answer<v1::TakeBackVmResponse> {
         unused()
     }
     async fn access_map(&self, _: Request<v1::AccessMapRequest>) -> Answer<Self::AccessMapStream> {

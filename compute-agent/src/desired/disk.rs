@@ -12,6 +12,11 @@ use crate::stack::WantedDisk;
 pub enum Move {
     /// It comes: all of it is here, and it is its VM's once this is journalled away. Until then it is served to nobody.
     Arriving,
+    /// It came, and the agent ended before the host that it came from ([`DiskState::from`]) had said that it knows so: that host may have taken
+    /// it back meanwhile. Until it says that it did not, the disk is served to nobody.
+    Unsure,
+    /// It came, and the host that it came from took it back. What is here is served to nobody, and kept until somebody destroys it.
+    Lost,
     /// It goes.
     Leaving {
         /// The transfer, a random number.
@@ -50,6 +55,15 @@ pub struct RunSpec {
     pub seed: Seed,
 }
 
+/// The host that a VM came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OldHost {
+    /// Its name.
+    pub host: HostName,
+    /// `host:port` of its agent.
+    pub address: String,
+}
+
 /// A VM's disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskState {
@@ -70,9 +84,18 @@ pub struct DiskState {
     /// It is on its way from or to another host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moving: Option<Move>,
+    /// Where it came from, until that host has said that it knows so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<OldHost>,
     /// Its VM is to be started as soon as it is served: it ran before it moved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Box<RunSpec>>,
+    /// Its run was told to end so that it moves: whether it moves or stays, that is seen through before it is started again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ends: bool,
+    /// Its guest was asked to hold its file systems still, and has not said that they go on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub frozen: bool,
     /// The most bytes of blocks that the VM may have written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit_bytes: Option<u64>,
@@ -89,7 +112,10 @@ impl DiskState {
             device: false,
             transfer: None,
             moving: None,
+            from: None,
             start: None,
+            ends: false,
+            frozen: false,
             limit_bytes: None,
         }
     }
@@ -107,6 +133,24 @@ impl DiskState {
                     }
                 )
             })
+    }
+
+    /// It is this host's VM's, and on its way nowhere.
+    pub fn is_settled(&self) -> bool {
+        !self.doomed && self.moving.is_none()
+    }
+
+    /// It goes by this transfer.
+    pub fn leaves_by(&self, by: u64) -> bool {
+        matches!(&self.moving, Some(Move::Leaving { transfer, .. }) if *transfer == by && !self.doomed)
+    }
+
+    /// It goes by this transfer, and the other host was asked to take it.
+    pub fn is_asked_by(&self, asked: u64) -> bool {
+        matches!(
+            &self.moving,
+            Some(Move::Leaving { transfer, stage: Stage::Asked, .. }) if *transfer == asked && !self.doomed
+        )
     }
 
     /// It comes, and is not a VM's yet.

@@ -125,6 +125,16 @@ pub enum HostError {
         /// The VM.
         vm: VmName,
     },
+    /// A guest was to hold its file systems still, and does not.
+    #[error(
+        "the file systems of VM '{vm}' cannot be frozen: {why}; `--freeze auto` takes the snapshot all the same, as a power failure would"
+    )]
+    NotFrozen {
+        /// The VM.
+        vm: VmName,
+        /// The reason.
+        why: String,
+    },
     /// The request cannot be right.
     #[error("{0}")]
     Invalid(String),
@@ -196,13 +206,66 @@ pub enum HostError {
     /// The other host was asked to take the VM, and has not said whether it did.
     #[error(
         "host '{to}' was asked to take VM '{vm}' and has not said whether it did, so that the VM runs nowhere; it is asked until it says so: \
-         bring that host's agent back"
+         bring that host's agent back. Should it be gone for good: `treeboot migrate {vm} --take-back --gone {to}`"
     )]
     Undecided {
         /// The VM.
         vm: VmName,
         /// The other host.
         to: String,
+    },
+    /// The VM came from another host, which may have taken it back.
+    #[error(
+        "VM '{vm}' came from host '{from}', which has not said yet that it did not take it back, so that this is not done with it; that host is \
+         asked until it says so: bring its agent back. Should it be gone for good: `treeboot migrate {vm} --take-back --gone {from}`"
+    )]
+    Unsure {
+        /// The VM.
+        vm: VmName,
+        /// The host that it came from.
+        from: String,
+    },
+    /// The VM came from another host, which took it back.
+    #[error(
+        "VM '{vm}' was taken back by host '{from}', which it came from; what is left of it on host '{host}' runs no more: \
+         `treeboot vm destroy {vm} --host {host}` removes it"
+    )]
+    Lost {
+        /// The VM.
+        vm: VmName,
+        /// The host that it came from.
+        from: String,
+        /// This host.
+        host: String,
+    },
+    /// A VM that was to be taken back is the other host's.
+    #[error("host '{to}' answers, and has taken VM '{vm}': it is there, and nothing is left of it here")]
+    WasTaken {
+        /// The VM.
+        vm: VmName,
+        /// The other host.
+        to: String,
+    },
+    /// A host that was said to be gone is not.
+    #[error(
+        "host '{host}' is not gone: the coordinator hears its agent, and it will say itself whether it has VM '{vm}'; see that the agents reach \
+         each other"
+    )]
+    NotGone {
+        /// The VM.
+        vm: VmName,
+        /// The host.
+        host: String,
+    },
+    /// A VM was to be taken back from a host that has nothing to do with it.
+    #[error("whose VM '{vm}' is hangs on host '{on}', not on host '{gone}'")]
+    OtherHost {
+        /// The VM.
+        vm: VmName,
+        /// The host that is waited for.
+        on: String,
+        /// The host that was named.
+        gone: String,
     },
     /// Whoever asked for it went away, or the agent ends.
     #[error("{what} was cancelled; nothing of it is left")]

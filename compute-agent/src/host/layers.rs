@@ -6,11 +6,24 @@ use treeboot_block::LayerError;
 use treeboot_block::layers::{LayerReport, TreeError};
 use treeboot_types::{SnapshotName, VmName};
 
-use super::vm::{VmMsg, VmOwner};
+use super::vm::{Freeze, VmMsg, VmOwner};
 use super::{Host, HostError, Shared, chain, reach_error};
 use crate::apply::ReachError;
 use crate::plane::{PlaneError, Verb};
 use crate::stack::{LayerChange, Step};
+
+/// A snapshot that was taken.
+#[derive(Debug)]
+pub struct Snapshotted {
+    /// What is frozen.
+    pub layer: LayerReport,
+    /// It was not there before.
+    pub created: bool,
+    /// Why the guest did not hold its file systems still; `None` where it did.
+    pub not_frozen: Option<String>,
+    /// Why it may do so still, for people.
+    pub trouble: Option<String>,
+}
 
 /// So that a wrong name is not answered by a reason that has nothing to do with it.
 async fn find_snapshot(shared: &Shared, vm: &VmName, snapshot: &SnapshotName) -> Result<(), HostError> {
@@ -173,16 +186,31 @@ impl Host {
         vm: &VmName,
         snapshot: &SnapshotName,
     ) -> Result<(LayerReport, bool), HostError> {
+        let taken = self.snapshot_with(vm, snapshot, Freeze::Auto).await?;
+        Ok((taken.layer, taken.created))
+    }
+
+    /// Takes a snapshot of a VM's disk, while which the guest holds its file systems still, or not.
+    ///
+    /// # Errors
+    /// [`HostError`]; nothing changed then.
+    pub async fn snapshot_with(
+        &self,
+        vm: &VmName,
+        snapshot: &SnapshotName,
+        freeze: Freeze,
+    ) -> Result<Snapshotted, HostError> {
         let named = |layer: &LayerReport| layer.snapshot.as_ref().is_some_and(|s| s.name == *snapshot);
         let before = self.layers(vm, false).await?;
-        let change = LayerChange::Snapshot {
+        let held = self.ask_vm(vm, |reply| VmMsg::Snapshot {
             snapshot: snapshot.clone(),
-            created_unix_ms: treeboot_identity::unix_now() * 1000,
-        };
-        self.change_layers(vm, change).await?;
+            freeze,
+            reply,
+        });
+        let held = held.await?;
         let layers = self.layers(vm, false).await?;
         let taken = layers.into_iter().find(named);
-        let taken = taken.ok_or_else(|| HostError::Layers {
+        let layer = taken.ok_or_else(|| HostError::Layers {
             vm: vm.clone(),
             host: self.shared.host().to_string(),
             // Somebody deleted it a moment ago.
@@ -191,8 +219,13 @@ impl Host {
                 known: Vec::new(),
             })),
         })?;
-        tracing::info!(%vm, %snapshot, "a snapshot was taken");
-        Ok((taken, !before.iter().any(named)))
+        tracing::info!(%vm, %snapshot, not_frozen = held.not_frozen, "a snapshot was taken");
+        Ok(Snapshotted {
+            layer,
+            created: !before.iter().any(named),
+            not_frozen: held.not_frozen,
+            trouble: held.trouble,
+        })
     }
 
     /// Goes back to a snapshot of a VM's disk; what was written since is gone.

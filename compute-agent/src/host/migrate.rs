@@ -32,7 +32,7 @@ const FRONT_END_LIMIT: Duration = Duration::from_secs(20);
 /// How often it is looked whether it is gone.
 const LOOK: Duration = Duration::from_millis(50);
 /// The longest pause before a host that does not answer is asked again.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What is asked of a move.
 #[derive(Debug, Clone)]
@@ -59,6 +59,13 @@ pub struct Moved {
 /// VMs that are being moved by calls of this moment.
 #[derive(Default)]
 pub(super) struct Moves(Mutex<HashSet<VmName>>);
+
+impl Moves {
+    /// Whether a call of this moment moves it.
+    pub(super) fn is_moving(&self, vm: &VmName) -> bool {
+        self.0.lock().contains(vm)
+    }
+}
 
 struct Turn<'a>(&'a Moves, &'a VmName);
 
@@ -146,6 +153,7 @@ impl Host {
             });
         }
         let _turn = Turn(moves, vm);
+        self.wait_for_old_host(vm).await?;
         let mut moving = Moving {
             request,
             transfer: rand::random(),
@@ -178,7 +186,7 @@ impl Host {
         }
     }
 
-    async fn move_step(&self, vm: &VmName, step: MoveStep) -> Result<(), HostError> {
+    pub(super) async fn move_step(&self, vm: &VmName, step: MoveStep) -> Result<(), HostError> {
         self.ask_vm(vm, |reply| VmMsg::Move { step, reply }).await
     }
 
@@ -343,11 +351,36 @@ impl Host {
             layers,
             ends: ends.collect(),
             run: run.unwrap_or_default(),
+            source: self.shared.host().to_string(),
+            source_address: self.shared.settings.agent_address.clone(),
         })
     }
 
-    /// Asks the other host to take it, and where no answer comes, whether it did.
+    /// Gives it to the other host. That it took it, it also tells by itself, where its answer is lost.
     async fn give_away(&self, moving: &Moving<'_>, request: v1::TakeVmRequest) -> Result<String, Failed> {
+        tokio::select! {
+            () = self.has_gone(&moving.request.vm, moving.transfer) => Ok(String::new()),
+            given = self.give(moving, request) => given,
+        }
+    }
+
+    /// Ends once it is known here that another host took it.
+    async fn has_gone(&self, vm: &VmName, transfer: u64) {
+        loop {
+            let desired = self.desired();
+            if !desired
+                .disks
+                .get(vm)
+                .is_some_and(|disk| disk.is_asked_by(transfer))
+            {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Asks the other host to take it, and where no answer comes, whether it did.
+    async fn give(&self, moving: &Moving<'_>, request: v1::TakeVmRequest) -> Result<String, Failed> {
         let (vm, to) = (&moving.request.vm, &moving.request.to);
         let until = Instant::now() + PATIENCE;
         let refused = loop {
@@ -372,7 +405,7 @@ impl Host {
         }
     }
 
-    async fn pause(&self, pause: Duration) -> Result<(), HostError> {
+    pub(super) async fn pause(&self, pause: Duration) -> Result<(), HostError> {
         tokio::select! {
             () = self.shared.stop.cancelled() => Err(self.shared.stopping()),
             () = tokio::time::sleep(pause) => Ok(()),
@@ -394,7 +427,7 @@ impl Host {
     }
 
     /// Whether the other host took it; where it says that it did not, it never will.
-    async fn ask_whether(
+    pub(super) async fn ask_whether(
         &self,
         vm: &VmName,
         transfer: u64,
@@ -414,9 +447,9 @@ impl Host {
     }
 
     /// The other host has spoken, or was never asked. What does not work now is tried again until the agent ends; its successor goes on.
-    async fn end_move(&self, vm: &VmName, transfer: u64, taken: bool) {
+    pub(super) async fn end_move(&self, vm: &VmName, transfer: u64, taken: bool) {
         let step = move || match taken {
-            true => MoveStep::Gone,
+            true => MoveStep::Gone { transfer },
             false => MoveStep::Stay { transfer },
         };
         let Err(error) = self.move_step(vm, step()).await else {
@@ -438,33 +471,6 @@ impl Host {
         });
     }
 
-    /// Asks until there is an answer, and acts on it.
-    fn ask_later(&self, vm: VmName, transfer: u64, to: (HostName, String)) {
-        let host = self.clone();
-        self.shared.tasks.spawn(async move {
-            let mut pause = PAUSE;
-            loop {
-                let asked = tokio::select! {
-                    () = host.shared.stop.cancelled() => return,
-                    asked = host.ask_whether(&vm, transfer, &to) => asked,
-                };
-                match asked {
-                    Ok(taken) => {
-                        tracing::info!(%vm, to = %to.0, taken, "the other host has said whether it took the VM");
-                        return host.end_move(&vm, transfer, taken).await;
-                    }
-                    Err(error) => {
-                        tracing::debug!(%vm, to = %to.0, error = %chain(&error), "no word yet whether the VM was taken");
-                    }
-                }
-                if host.pause(pause).await.is_err() {
-                    return;
-                }
-                pause = LONGEST_PAUSE.min(pause * 2);
-            }
-        });
-    }
-
     /// At the start: what a predecessor asked is asked again.
     pub(super) fn take_up_moves(&self) {
         for (vm, disk) in &self.desired().disks {
@@ -477,6 +483,7 @@ impl Host {
             {
                 self.ask_later(vm.clone(), transfer, (to, address));
             }
+            self.tell_old_host(vm);
         }
     }
 }
@@ -485,7 +492,19 @@ impl HostError {
     /// What is said of a VM that is on its way.
     pub(super) fn of_move(vm: &VmName, host: &HostName, disk: &DiskState) -> Option<Self> {
         let vm = vm.clone();
+        let from = || {
+            disk.from
+                .as_ref()
+                .map(|from| from.host.to_string())
+                .unwrap_or_default()
+        };
         Some(match disk.moving.as_ref()? {
+            Move::Unsure => Self::Unsure { vm, from: from() },
+            Move::Lost => Self::Lost {
+                vm,
+                from: from(),
+                host: host.to_string(),
+            },
             Move::Arriving => Self::Arriving {
                 vm,
                 host: host.to_string(),

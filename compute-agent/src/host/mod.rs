@@ -14,6 +14,7 @@ mod many;
 mod mend;
 mod migrate;
 mod receive;
+mod reclaim;
 mod remains;
 mod report;
 mod restore;
@@ -56,13 +57,16 @@ use vm::{VmHandle, VmMsg};
 pub use cache::{CacheChange, CacheView, CachedImage};
 pub use error::{HostError, chain};
 pub use export::{ExportRequest, Exported};
+pub use layers::Snapshotted;
 pub use limits::{DiskOptions, LimitLevel, Limited};
 pub use migrate::{MigrateRequest, Moved};
 pub use receive::{Begun, Receiving};
+pub use reclaim::TakenBack;
 pub use report::{MEMORY_MIB, READY_LIMIT, StartRequest, VmReport, VmRun};
 pub use room::{Room, RoomLevel};
 pub use ship::{CloneRequest, Phase, Progress, Shipped, Underway};
 pub use stored::Imported;
+pub use vm::Freeze;
 
 /// How long a call waits for an attachment to be readable and registered. Levels of a cold tree become readable one
 /// after the other within milliseconds each, so this is for parents that are down.
@@ -249,6 +253,7 @@ impl Host {
         host.take_up_arrivals().await;
         host.take_up_owners();
         host.take_up_moves();
+        host.hear_from_old_hosts().await;
         let (refused, refusal) = oneshot::channel();
         let router = host.clone();
         host.shared

@@ -34,6 +34,24 @@ pub(super) async fn restore(applier: &Applier) -> Result<(), HostError> {
     if !staying.is_empty() {
         applier.journal.commit(staying).await?;
     }
+    // VMs that came from hosts which may have taken them back while no agent ran here.
+    let unsure: Vec<_> = applier
+        .journal
+        .desired()
+        .disks
+        .iter()
+        .filter(|(_, disk)| disk.is_settled() && disk.from.is_some())
+        .map(|(vm, disk)| Change::Disk {
+            vm: vm.clone(),
+            disk: DiskState {
+                moving: Some(Move::Unsure),
+                ..disk.clone()
+            },
+        })
+        .collect();
+    if !unsure.is_empty() {
+        applier.journal.commit(unsure).await?;
+    }
     let desired = applier.journal.desired();
     let errors = applier.reach_all(&desired.wanted()).await;
     for error in &errors {

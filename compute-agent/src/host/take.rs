@@ -9,13 +9,13 @@ use std::collections::BTreeMap;
 use treeboot_block::DeltaMeta;
 use treeboot_block::layers::{Arrival, LayerTree};
 use treeboot_proto::v1;
-use treeboot_types::{ImageId, VmName};
+use treeboot_types::{HostName, ImageId, VmName};
 
 use super::base::{BaseMsg, Hold};
 use super::report::StartRequest;
 use super::vm::{VmMsg, VmOwner};
 use super::{Host, HostError, chain};
-use crate::desired::{Change, DiskState, Move, RunSpec};
+use crate::desired::{Change, DiskState, Move, OldHost, RunSpec};
 use crate::plane::{LayerBlocks, Verb};
 use crate::stack::{Content, WantedDisk};
 
@@ -31,6 +31,7 @@ pub(super) struct Taking {
     limit_bytes: Option<u64>,
     secret: Option<String>,
     start: Option<Box<RunSpec>>,
+    from: Option<OldHost>,
     arrival: Arrival,
     tree: LayerTree,
     blocks: LayerBlocks,
@@ -88,6 +89,11 @@ impl Host {
             limit_bytes: Some(request.limit_bytes).filter(|bytes| *bytes > 0),
             secret: request.secret.map(|secret| secret.secret),
             start,
+            // One of a version that takes nothing back does not say.
+            from: HostName::new(&request.source).ok().map(|host| OldHost {
+                host,
+                address: request.source_address,
+            }),
             tree,
             blocks,
         };
@@ -95,6 +101,9 @@ impl Host {
         let taken = self.ask_vm(&vm, |reply| VmMsg::Take { taking, reply }).await;
         drop(seat);
         self.moved_or_not(&vm, transfer);
+        if taken.is_ok() {
+            self.tell_old_host(&vm);
+        }
         taken
     }
 
@@ -191,6 +200,7 @@ impl VmOwner {
         };
         let disk = DiskState {
             transfer: Some(arrival.transfer),
+            from: taking.from.clone(),
             start: taking.start.clone(),
             limit_bytes: taking.limit_bytes,
             ..DiskState::new(image.clone(), wanted, taking.instance)
@@ -212,8 +222,8 @@ impl VmOwner {
         Ok(disk)
     }
 
-    /// It is this host's: it is served, and runs if it ran.
-    async fn settle_in(&mut self, device: bool) -> Result<(), HostError> {
+    /// Its disk as it is to be, where a few attempts are enough.
+    pub(super) async fn reach_in_the_end(&mut self) -> Result<(), HostError> {
         let mut attempts = 0;
         while let Err(error) = self.reach_disk().await {
             attempts += 1;
@@ -221,6 +231,12 @@ impl VmOwner {
                 return Err(error);
             }
         }
+        Ok(())
+    }
+
+    /// It is this host's: it is served, and runs if it ran.
+    async fn settle_in(&mut self, device: bool) -> Result<(), HostError> {
+        self.reach_in_the_end().await?;
         let desired = self.shared.journal().desired();
         if let Some(there) = desired.disks.get(&self.vm).filter(|_| device) {
             self.have_device(there.clone(), true).await?;
@@ -231,9 +247,19 @@ impl VmOwner {
     /// Starts a VM that ran before it moved, or was stopped for a move that came to nothing.
     pub(super) async fn start_again(&mut self) -> Result<(), HostError> {
         let desired = self.shared.journal().desired();
-        let Some(spec) = desired.disks.get(&self.vm).and_then(|disk| disk.start.clone()) else {
+        let there = desired.disks.get(&self.vm);
+        let Some((there, spec)) = there.and_then(|disk| Some((disk, disk.start.clone()?))) else {
             return Ok(());
         };
+        if there.ends {
+            // Else a successor that finds it running would end it.
+            let disk = DiskState {
+                ends: false,
+                ..there.clone()
+            };
+            let vm = self.vm.clone();
+            self.shared.journal().commit([Change::Disk { vm, disk }]).await?;
+        }
         let started = self.start_run(spec.request()).await;
         // What came of it is the run's to say.
         self.forget_start().await?;
@@ -247,6 +273,7 @@ impl VmOwner {
         };
         let disk = DiskState {
             start: None,
+            ends: false,
             ..there.clone()
         };
         let vm = self.vm.clone();

@@ -6,25 +6,30 @@
 
 mod bury;
 mod disk;
+mod frozen;
 mod moving;
+mod run;
+mod taken;
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use treeboot_hypervisor::{Acceleration, AdoptError, DiskSource, Instance, RunningVm, StopMode, VmSpec};
-use treeboot_types::{ImageId, ImageRef, Iqn, VmName};
+use treeboot_hypervisor::{AdoptError, RunningVm, StopMode};
+use treeboot_types::{ImageId, ImageRef, SnapshotName, VmName};
 
 use super::base::{BaseMsg, Reply};
 use super::receive::Received;
-use super::report::{READY_LIMIT, STATS_LIMIT, StartRequest, VmReport, VmRun};
+use super::report::{READY_LIMIT, StartRequest, VmReport, VmRun};
 use super::take::Taking;
 use super::{DiskOptions, Host, HostError, Shared, chain, is_running, limits, reach_error};
 use crate::desired::{Change, DiskState, VmState};
-use crate::plane::{DiskPlace, Scope};
+use crate::plane::Scope;
 use crate::stack::{Content, LayerChange};
 
+pub use frozen::Freeze;
+pub(super) use frozen::Held;
 pub(super) use moving::MoveStep;
 
 /// Messages that may wait for one VM's owner.
@@ -55,6 +60,11 @@ pub(super) enum VmMsg {
         change: LayerChange,
         reply: Reply<()>,
     },
+    Snapshot {
+        snapshot: SnapshotName,
+        freeze: Freeze,
+        reply: Reply<Held>,
+    },
     Adopt {
         disk: Received,
         reply: Reply<()>,
@@ -84,6 +94,11 @@ pub(super) enum VmMsg {
         transfer: u64,
         reply: Reply<bool>,
     },
+    /// Another host has taken it by this transfer. Answered with whether that is void.
+    Taken {
+        transfer: u64,
+        reply: Reply<bool>,
+    },
 }
 
 /// The way to an owner.
@@ -103,6 +118,8 @@ pub(super) struct Run {
     ended: Waiting<()>,
     /// A shutdown under way, and who waits for it.
     stopping: Option<Waiting<Result<(), HostError>>>,
+    /// Ends when the guest goes on that held its file systems still.
+    thawing: Option<Waiting<()>>,
     waiting: Vec<Reply<()>>,
 }
 
@@ -120,6 +137,7 @@ enum Next {
     Ready(Result<(), String>),
     Ended,
     Stopped(Result<(), HostError>),
+    Thawed,
 }
 
 impl VmOwner {
@@ -152,6 +170,10 @@ impl VmOwner {
     async fn run(mut self, mut inbox: mpsc::Receiver<VmMsg>) {
         let stop = self.shared.stop.clone();
         self.find_again().await;
+        if let Err(error) = self.end_if_lost().await {
+            tracing::error!(vm = %self.vm, error = %chain(&error), "a VM that is another host's does not end");
+        }
+        self.find_frozen().await;
         self.find_start().await;
         loop {
             let next = tokio::select! {
@@ -169,6 +191,7 @@ impl VmOwner {
                 Next::Ready(result) => self.ready(result).await,
                 Next::Ended => self.ended().await,
                 Next::Stopped(result) => self.stopped(result).await,
+                Next::Thawed => self.thawed().await,
             }
         }
     }
@@ -227,11 +250,19 @@ impl VmOwner {
                 false
             }
             VmMsg::Stop { force, reply } => {
-                self.stop(force, reply).await;
+                self.stop_as_asked(force, reply).await;
                 false
             }
             VmMsg::Layers { change, reply } => {
                 let _ = reply.send(self.change_layers(change).await);
+                false
+            }
+            VmMsg::Snapshot {
+                snapshot,
+                freeze,
+                reply,
+            } => {
+                let _ = reply.send(self.snapshot(snapshot, freeze).await);
                 false
             }
             VmMsg::Adopt { disk, reply } => {
@@ -248,6 +279,10 @@ impl VmOwner {
             }
             VmMsg::Settle { transfer, reply } => {
                 let _ = reply.send(self.settle(transfer).await);
+                self.is_nobody()
+            }
+            VmMsg::Taken { transfer, reply } => {
+                let _ = reply.send(self.was_taken(transfer).await);
                 self.is_nobody()
             }
             VmMsg::Limit { bytes, reply } => {
@@ -306,7 +341,12 @@ impl VmOwner {
     }
 
     async fn destroy(&mut self, keep_base: bool) -> Result<(), HostError> {
-        self.check_settled()?;
+        match self.check_settled() {
+            Ok(()) => {}
+            // It may have been lost before it was served once.
+            Err(HostError::Lost { .. }) => self.shared.applier.plane.discard(&self.vm, None).await?,
+            Err(error) => return Err(error),
+        }
         if let Some(run) = self.run.take() {
             run.vm.stop(StopMode::Quit).await?;
             for reply in run.waiting {
@@ -353,220 +393,6 @@ impl VmOwner {
     pub(super) fn run_dir(&self) -> std::path::PathBuf {
         self.host.run_dir(&self.vm)
     }
-
-    pub(super) async fn start_run(&mut self, request: StartRequest) -> Result<(), HostError> {
-        let asked = tokio::time::Instant::now();
-        self.check_settled()?;
-        if self.run.as_ref().is_some_and(|run| !run.vm.ended()) {
-            // It runs, as was asked.
-            return Ok(());
-        }
-        let hypervisor = self.shared.hypervisor().await?;
-        match (
-            &request.image,
-            self.shared.journal().desired().disks.get(&self.vm),
-        ) {
-            (Some(image), _) => {
-                let options = self.host.with_own_limit(DiskOptions::default())?;
-                self.create(image, None, options).await?;
-            }
-            (None, Some(disk)) if !disk.doomed => self.reach_disk().await?,
-            (None, _) => {
-                return Err(HostError::Invalid(format!(
-                    "VM '{}' has no disk yet; name the image to make it of",
-                    self.vm
-                )));
-            }
-        }
-        let desired = self.shared.journal().desired();
-        let disk = desired
-            .disks
-            .get(&self.vm)
-            .ok_or_else(|| self.shared.stopping())?;
-        let spec = VmSpec {
-            name: self.vm.clone(),
-            instance: Instance(disk.instance),
-            disk: match self.shared.applier.plane.disk_place(&self.vm)? {
-                DiskPlace::Lun(url) => DiskSource::Iscsi {
-                    url,
-                    initiator: Iqn::of_vm(&self.vm),
-                    secret_file: self.secret_file()?,
-                },
-                DiskPlace::Device(path) => DiskSource::Device { path },
-            },
-            memory_mib: request.memory_mib,
-            cpus: request.cpus,
-            seed: Some(request.seed),
-            ready: request.ready,
-            network: true,
-            run_dir: self.run_dir(),
-        };
-        let acceleration = match hypervisor.acceleration {
-            Acceleration::Kvm => "kvm",
-            Acceleration::Tcg => "tcg",
-        };
-        let image = disk.image.clone();
-        // Desired before it runs: a QEMU that nobody remembers would go on for ever.
-        self.note(VmState::Running).await;
-        self.report.send_modify(|report| {
-            report.image = Some(image);
-            report.acceleration = acceleration;
-            report.run = VmRun::Starting;
-            report.ready_us = 0;
-        });
-        match treeboot_hypervisor::start(&hypervisor, spec).await {
-            Ok(running) => {
-                tracing::info!(vm = %self.vm, pid = running.pid(), "started");
-                self.watch(running, request.ready_limit, asked);
-                Ok(())
-            }
-            Err(error) => {
-                let why = chain(&error);
-                self.note(VmState::Failed { why }).await;
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Looks after a QEMU that runs.
-    fn watch(&mut self, running: RunningVm, limit: Duration, asked: tokio::time::Instant) {
-        let vm = Arc::new(running);
-        let (reading, guarding, report) = (Arc::clone(&vm), Arc::clone(&vm), self.report.clone());
-        let ready = async move {
-            let ready = reading.wait_ready(limit).await.map_err(|error| chain(&error))?;
-            tracing::debug!(seen = %ready, "ready");
-            report.send_modify(|report| report.ready_us = asked.elapsed().as_micros() as u64);
-            Ok(())
-        };
-        self.report.send_modify(|report| {
-            report.run = VmRun::Starting;
-            report.running = Some(Arc::clone(&vm));
-        });
-        self.run = Some(Run {
-            vm,
-            ready: Some(Box::pin(ready)),
-            ended: Box::pin(async move { guarding.supervise().await }),
-            stopping: None,
-            waiting: Vec::new(),
-        });
-        self.shared.board.changed.notify_one();
-    }
-
-    async fn ready(&mut self, result: Result<(), String>) {
-        if let Some(run) = &mut self.run {
-            run.ready = None;
-        }
-        match result {
-            Ok(()) => {
-                tracing::info!(vm = %self.vm, "ready");
-                self.report.send_modify(|report| report.run = VmRun::Ready);
-            }
-            Err(why) => {
-                tracing::warn!(vm = %self.vm, reason = %why, "not ready");
-                self.report.send_modify(|report| report.run = VmRun::Failed(why));
-            }
-        }
-    }
-
-    /// QEMU ended by itself: the guest shut down, or QEMU was killed.
-    async fn ended(&mut self) {
-        let Some(run) = self.run.take() else {
-            return;
-        };
-        let starting = run.ready.is_some();
-        for reply in run.waiting {
-            let _ = reply.send(Ok(()));
-        }
-        let said = match &self.report.borrow().run {
-            VmRun::Failed(why) if run.stopping.is_none() => Some(why.clone()),
-            _ => None,
-        };
-        let state = if let Some(why) = said {
-            VmState::Failed { why }
-        } else if starting && run.stopping.is_none() {
-            let why = match run.ready {
-                // It says what QEMU's last words were.
-                Some(ready) => ready.await.err(),
-                None => None,
-            };
-            VmState::Failed {
-                why: why.unwrap_or_else(|| "QEMU ended before the guest was ready".into()),
-            }
-        } else {
-            VmState::Stopped
-        };
-        self.note(state).await;
-    }
-
-    async fn stop(&mut self, force: bool, reply: Reply<()>) {
-        let Some(run) = &mut self.run else {
-            let _ = reply.send(Ok(()));
-            return;
-        };
-        run.waiting.push(reply);
-        if run.stopping.is_some() && !force {
-            return;
-        }
-        let (vm, report) = (Arc::clone(&run.vm), self.report.clone());
-        let mode = if force {
-            StopMode::Quit
-        } else {
-            StopMode::Graceful {
-                limit: SHUTDOWN_LIMIT,
-            }
-        };
-        run.stopping = Some(Box::pin(async move {
-            // The counters go with QEMU.
-            if let Ok(Ok(stats)) = tokio::time::timeout(STATS_LIMIT, vm.block_stats()).await {
-                report.send_modify(|report| report.stats = stats);
-            }
-            vm.stop(mode).await.map(|_| ()).map_err(HostError::from)
-        }));
-    }
-
-    async fn stopped(&mut self, result: Result<(), HostError>) {
-        let Some(mut run) = self.run.take() else {
-            return;
-        };
-        let waiting = std::mem::take(&mut run.waiting);
-        match result {
-            Ok(()) => {
-                self.note(VmState::Stopped).await;
-                for reply in waiting {
-                    let _ = reply.send(Ok(()));
-                }
-            }
-            Err(error) => {
-                run.stopping = None;
-                let text = chain(&error);
-                self.run = Some(run);
-                for reply in waiting {
-                    let _ = reply.send(Err(HostError::Invalid(text.clone())));
-                }
-            }
-        }
-    }
-
-    /// Writes down how the run stands, and shows it.
-    async fn note(&mut self, state: VmState) {
-        let run = match &state {
-            VmState::Running => VmRun::Starting,
-            VmState::Stopped => VmRun::Stopped,
-            VmState::Failed { why } => VmRun::Failed(why.clone()),
-        };
-        tracing::info!(vm = %self.vm, ?state, "run");
-        let vm = self.vm.clone();
-        if let Err(error) = self.shared.journal().commit([Change::Vm { vm, state }]).await {
-            tracing::error!(vm = %self.vm, error = %chain(&error), "the VM's run is not written down");
-        }
-        self.report.send_modify(|report| {
-            if run != VmRun::Starting {
-                report.running = None;
-            }
-            report.run = run;
-        });
-        self.shared.board.changed.notify_one();
-    }
 }
 
 async fn next(inbox: &mut mpsc::Receiver<VmMsg>, run: Option<&mut Run>) -> Next {
@@ -585,11 +411,18 @@ async fn next(inbox: &mut mpsc::Receiver<VmMsg>, run: Option<&mut Run>) -> Next 
             None => std::future::pending().await,
         }
     };
+    let thawing = async {
+        match &mut run.thawing {
+            Some(thawing) => thawing.await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         biased;
         result = stopping => Next::Stopped(result),
         result = ready => Next::Ready(result),
         () = &mut run.ended => Next::Ended,
+        () = thawing => Next::Thawed,
         message = inbox.recv() => Next::Message(message),
     }
 }

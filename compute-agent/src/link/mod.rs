@@ -274,6 +274,18 @@ impl Link {
         images.map_err(|error| self.invalid(error))
     }
 
+    /// What the coordinator knows of a host; nothing where it knows none of the name.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub async fn host(&self, name: &HostName) -> Result<Option<v1::HostRecord>, LinkError> {
+        let mut client = self.client.clone();
+        let request = v1::GetHostRequest {
+            host: name.to_string(),
+        };
+        Ok(self.call(client.get_host(request)).await?.host)
+    }
+
     /// Records an image, or another origin of one. Returns the record and whether it is new.
     ///
     /// # Errors

@@ -21,13 +21,19 @@ pub(super) fn of(error: &HostError) -> tonic::Code {
         | HostError::NotOnPlane { .. }
         | HostError::DiskInUse { .. }
         | HostError::Moving { .. }
+        | HostError::Lost { .. }
+        | HostError::WasTaken { .. }
+        | HostError::NotGone { .. }
+        | HostError::OtherHost { .. }
         | HostError::VmRuns { .. }
+        | HostError::NotFrozen { .. }
         | HostError::Store(StoreError::NoStore { .. } | StoreError::Elsewhere { .. }) => {
             Code::FailedPrecondition
         }
         HostError::Link(LinkError::Unavailable { .. })
         | HostError::NotReadable { .. }
         | HostError::Undecided { .. }
+        | HostError::Unsure { .. }
         | HostError::Stopping { .. }
         | HostError::Store(StoreError::Unreadable { .. }) => Code::Unavailable,
         HostError::Link(LinkError::Refused(status)) => status.code(),

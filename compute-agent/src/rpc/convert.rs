@@ -10,11 +10,11 @@ use treeboot_proto::v1;
 use treeboot_types::{HostName, ImageRef, SnapshotName, VmName};
 
 use super::invalid;
-use crate::desired::{Move, Stage};
+use crate::desired::{DiskState, Move, Stage};
 use crate::doctor::Finding;
 use crate::host::{
-    CloneRequest, ExportRequest, Host, Imported, LimitLevel, Limited, MEMORY_MIB, MigrateRequest, Moved,
-    Phase, Progress, READY_LIMIT, RoomLevel, Shipped, StartRequest, VmReport, VmRun,
+    CloneRequest, ExportRequest, Freeze, Host, Imported, LimitLevel, Limited, MEMORY_MIB, MigrateRequest,
+    Moved, Phase, Progress, READY_LIMIT, RoomLevel, Shipped, StartRequest, TakenBack, VmReport, VmRun,
 };
 use crate::plane::{BaseStats, PathStats};
 
@@ -239,6 +239,7 @@ pub(super) fn layer(layer: &LayerReport, checked: bool) -> v1::Layer {
         live: layer.live,
         allocated_bytes: layer.allocated_bytes,
         sealed: check.sealed,
+        frozen: layer.snapshot.as_ref().is_some_and(|snapshot| snapshot.frozen),
         report: checked.then(|| v1::DeltaReport {
             base_blocks: check.base_blocks,
             data_blocks: check.data_blocks,
@@ -341,14 +342,42 @@ pub(super) fn migrate_progress(now: Progress, end: Option<Moved>) -> v1::Migrate
     }
 }
 
-/// Where a disk goes; nothing for one that comes.
-pub(super) fn moving(moving: &Move) -> Option<v1::DiskMove> {
-    match moving {
+/// Where a disk goes, or came from; nothing for one that comes.
+pub(super) fn moving(disk: &DiskState) -> Option<v1::DiskMove> {
+    let came = |end: v1::DiskMoveEnd| v1::DiskMove {
+        to: disk
+            .from
+            .as_ref()
+            .map(|from| from.host.to_string())
+            .unwrap_or_default(),
+        asked: false,
+        end: end.into(),
+    };
+    match disk.moving.as_ref()? {
         Move::Arriving => None,
+        Move::Unsure => Some(came(v1::DiskMoveEnd::Unsure)),
+        Move::Lost => Some(came(v1::DiskMoveEnd::Lost)),
         Move::Leaving { to, stage, .. } => Some(v1::DiskMove {
             to: to.to_string(),
             asked: *stage == Stage::Asked,
+            end: v1::DiskMoveEnd::Unspecified.into(),
         }),
+    }
+}
+
+pub(super) fn freeze(freeze: v1::Freeze) -> Freeze {
+    match freeze {
+        v1::Freeze::Unspecified | v1::Freeze::Auto => Freeze::Auto,
+        v1::Freeze::Require => Freeze::Require,
+        v1::Freeze::Never => Freeze::Never,
+    }
+}
+
+pub(super) fn taken_back(how: TakenBack) -> v1::TakenBack {
+    match how {
+        TakenBack::WasHere => v1::TakenBack::WasHere,
+        TakenBack::ByItsWord => v1::TakenBack::ByItsWord,
+        TakenBack::ByForce => v1::TakenBack::ByForce,
     }
 }
 

@@ -15,7 +15,7 @@ use treeboot_identity::{Role, Who};
 use treeboot_proto::v1;
 use treeboot_proto::v1::agent_server::Agent;
 use treeboot_proto::{image_id, image_id_or_newest};
-use treeboot_types::{ImageRef, Iqn, SnapshotName, VmName};
+use treeboot_types::{HostName, ImageRef, Iqn, SnapshotName, VmName};
 
 use crate::host::{CacheChange, DiskOptions, Host, HostError, Limited, chain};
 use crate::plane::DiskPlace;
@@ -59,7 +59,7 @@ impl Service {
             read_bytes: stats.read_bytes,
             written_bytes: stats.written_bytes,
             sessions: stats.sessions,
-            moving: state.moving.as_ref().and_then(convert::moving),
+            moving: convert::moving(state),
             data_bytes: stats.data_bytes,
             limit_bytes: state.limit_bytes.unwrap_or(0),
             limit_level: state.limit_bytes.map_or(0, |limit_bytes| {
@@ -242,10 +242,15 @@ impl Agent for Service {
     ) -> Result<Response<v1::SnapshotResponse>, Status> {
         let request = request.into_inner();
         let (vm, snapshot) = (vm_name(&request.vm)?, snapshot_name(&request.snapshot)?);
+        let freeze = convert::freeze(request.freeze());
         let host = self.host.clone();
-        let (layer, created) = whole(async move { host.snapshot(&vm, &snapshot).await }).await?;
-        let layer = Some(convert::layer(&layer, false));
-        Ok(Response::new(v1::SnapshotResponse { layer, created }))
+        let taken = whole(async move { host.snapshot_with(&vm, &snapshot, freeze).await }).await?;
+        Ok(Response::new(v1::SnapshotResponse {
+            layer: Some(convert::layer(&taken.layer, false)),
+            created: taken.created,
+            not_frozen: taken.not_frozen.unwrap_or_default(),
+            trouble: taken.trouble.unwrap_or_default(),
+        }))
     }
 
     async fn list_snapshots(
@@ -360,6 +365,30 @@ impl Agent for Service {
         let host = self.host.clone();
         let taken = whole(async move { host.settle_vm(request.into_inner()).await }).await?;
         Ok(Response::new(v1::SettleVmResponse { taken }))
+    }
+
+    async fn vm_taken(
+        &self,
+        request: Request<v1::VmTakenRequest>,
+    ) -> Result<Response<v1::VmTakenResponse>, Status> {
+        let host = self.host.clone();
+        let taken_back = whole(async move { host.vm_taken(request.into_inner()).await }).await?;
+        Ok(Response::new(v1::VmTakenResponse { taken_back }))
+    }
+
+    async fn take_back_vm(
+        &self,
+        request: Request<v1::TakeBackVmRequest>,
+    ) -> Result<Response<v1::TakeBackVmResponse>, Status> {
+        self.may_use_disk(&request, &request.get_ref().vm).await?;
+        let v1::TakeBackVmRequest { vm, gone } = request.into_inner();
+        let vm = VmName::new(&vm).map_err(invalid)?;
+        let gone = HostName::new(&gone).map_err(invalid)?;
+        let host = self.host.clone();
+        let how = whole(async move { host.take_back(&vm, &gone).await }).await?;
+        Ok(Response::new(v1::TakeBackVmResponse {
+            how: convert::taken_back(how).into(),
+        }))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {

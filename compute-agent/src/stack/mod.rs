@@ -215,6 +215,8 @@ pub enum LayerChange {
         snapshot: SnapshotName,
         /// When, in milliseconds since 1970, for people.
         created_unix_ms: u64,
+        /// The guest holds its file systems still meanwhile.
+        frozen: bool,
     },
     /// Gives up what was written since a snapshot.
     RollBack {

@@ -7,6 +7,7 @@
     reason = "parts for tests, of which each uses its own"
 )]
 
+pub mod pair;
 pub mod rig;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -337,6 +338,20 @@ impl Coordinator for Play {
         _: Request<v1::ListHostsRequest>,
     ) -> Result<Response<v1::ListHostsResponse>, Status> {
         Err(Status::unimplemented("not played"))
+    }
+
+    async fn get_host(
+        &self,
+        request: Request<v1::GetHostRequest>,
+    ) -> Result<Response<v1::GetHostResponse>, Status> {
+        let name = request.into_inner().host;
+        let play = self.0.lock();
+        let host = play.hosts.get(&name).map(|info| v1::HostRecord {
+            info: Some(info.clone()),
+            connected: play.streams.get(&name).is_some_and(|stream| !stream.is_closed()),
+            ..v1::HostRecord::default()
+        });
+        Ok(Response::new(v1::GetHostResponse { host }))
     }
 
     async fn get_tree(

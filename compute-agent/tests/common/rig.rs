@@ -45,6 +45,18 @@ impl Rig {
         at: SocketAddr,
         portal: SocketAddr,
     ) -> Self {
+        Self::start_behind(dir, name, coordinator, at, portal, None).await
+    }
+
+    /// One that tells others to reach its service at another address.
+    pub async fn start_behind(
+        dir: &Path,
+        name: &str,
+        coordinator: SocketAddr,
+        at: SocketAddr,
+        portal: SocketAddr,
+        advertised: Option<SocketAddr>,
+    ) -> Self {
         let name = HostName::new(name).unwrap();
         let keys = Arc::new(Keys::none());
         // A predecessor's listeners go a moment after it ended.
@@ -85,7 +97,7 @@ impl Rig {
             keys,
             dialer: treeboot_identity::tls::Dialer::Insecure,
             coordinator: format!("http://{coordinator}"),
-            agent_address: address.to_string(),
+            agent_address: advertised.unwrap_or(address).to_string(),
             labels: Labels::new(),
             weight: 1,
             delta_limit: None,
@@ -111,6 +123,11 @@ impl Rig {
     pub async fn end(self) {
         self.stop.cancel();
         self.host.end().await;
+    }
+
+    /// Its service answers nobody any more; it lives on, and the coordinator hears it.
+    pub fn fall_silent(&self) {
+        self.stop.cancel();
     }
 
     pub async fn write(&self, name: &str, blocks: &[usize], fill: u8) {

@@ -443,6 +443,22 @@ impl Coordinator for CoordinatorService {
         }))
     }
 
+    async fn get_host(
+        &self,
+        request: Request<v1::GetHostRequest>,
+    ) -> Result<Response<v1::GetHostResponse>, Status> {
+        let name = request.into_inner().host;
+        let hosts = self
+            .owner
+            .ask(crate::tree::Forest::list_hosts)
+            .await
+            .map_err(status_of_call)?;
+        let host = hosts.iter().find(|host| host.info.name.as_str() == name);
+        Ok(Response::new(v1::GetHostResponse {
+            host: host.map(convert::host),
+        }))
+    }
+
     async fn get_tree(
         &self,
         request: Request<v1::GetTreeRequest>,

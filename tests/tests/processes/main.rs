@@ -13,6 +13,7 @@ mod config;
 mod device;
 mod endure;
 mod faults;
+mod freeze;
 mod harness;
 mod http;
 mod iscsi_suite;

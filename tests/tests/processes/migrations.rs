@@ -221,7 +221,8 @@ fn a_vm_whose_hosts_die_or_fall_silent_is_on_one_of_them() -> Result<()> {
 }
 
 #[test]
-fn where_the_answer_is_lost_the_vm_runs_nowhere_until_it_is_known_where() -> Result<()> {
+fn where_the_answer_is_lost_the_other_host_tells_and_where_the_question_is_the_vm_runs_nowhere() -> Result<()>
+{
     with_cluster(
         "migrations-silent",
         Machine::Shared,
@@ -232,19 +233,29 @@ fn where_the_answer_is_lost_the_vm_runs_nowhere_until_it_is_known_where() -> Res
             write(here, "web-1", SPARSE).await?;
             let relay = Relay::start(there.bound()?.rpc).await?;
             relay.mute_at(MANIFEST);
-            let moving = begin(here, "web-1", there, &relay).await?;
-            wait_until(SOON, "the VM to be there", async || {
-                Ok(disk(there, "web-1").await?.map(drop))
+            let moved = end(begin(here, "web-1", there, &relay).await?).await?;
+            ensure!(relay.is_mute(), "its host heard the answer");
+            ensure!(!moved.was_there && moved.trouble.is_empty(), "{moved:?}");
+            SPARSE.check(there, "web-1").await?;
+            only(cluster, &[(there, &["web-1"]), (here, &[])]).await?;
+
+            // The question itself is lost: until the host that was never asked says so, the VM runs nowhere.
+            write(here, "web-2", SPARSE.filled(3)).await?;
+            let relay = Relay::start(there.bound()?.rpc).await?;
+            relay.swallow_at(MANIFEST);
+            let moving = begin(here, "web-2", there, &relay).await?;
+            wait_until(SOON, "it to be asked", async || {
+                let asked = disk(here, "web-2").await?.and_then(|disk| disk.moving);
+                Ok(asked.is_some_and(|moves| moves.asked).then_some(()))
             })
             .await?;
-            ensure!(relay.is_mute(), "its host heard so");
             let fenced = async || {
-                let told = disk(here, "web-1").await?.context("it is gone here")?;
+                let told = disk(here, "web-2").await?.context("it is gone here")?;
                 let moves = told.moving.context("it does not move")?;
                 ensure!(moves.to == "h2" && moves.asked, "{moves:?}");
                 let listed = cluster.treeboot(&["vm", "list", "--host", "h1"]).await?;
                 ensure!(listed.contains("host 'h2' has not said yet"), "{listed}");
-                let (refused, words) = match log_in(here, IMAGE, "web-1").await {
+                let (refused, words) = match log_in(here, IMAGE, "web-2").await {
                     Ok(_) => (false, String::new()),
                     Err(error) => (true, format!("{error:#}")),
                 };
@@ -255,36 +266,16 @@ fn where_the_answer_is_lost_the_vm_runs_nowhere_until_it_is_known_where() -> Res
                 refused_destroy(here).await
             };
             fenced().await?;
-            // Its agent dies, and its successor knows no more.
+            // Its agent dies, and its successor knows no more. The other one is not gone, which the coordinator knows.
             here.kill()?;
             ensure!(end(moving).await.is_err(), "its host is gone");
             cluster.restart(here).await?;
             fenced().await?;
-            SPARSE.check(there, "web-1").await?;
+            cluster.wait_known().await?;
+            let take_back = ["migrate", "web-2", "--take-back", "--gone", "h2", "--host", "h1"];
+            refused(cluster, &take_back, 7, "host 'h2' is not gone").await?;
             relay.unmute();
             relay.break_off();
-            wait_until(SOON, "it to be gone here", async || {
-                Ok(disk(here, "web-1").await?.is_none().then_some(()))
-            })
-            .await?;
-            SPARSE.check(there, "web-1").await?;
-            only(cluster, &[(there, &["web-1"]), (here, &[])]).await?;
-
-            // The question itself is lost: the host that was never asked says so, and the VM stays where it was.
-            write(here, "web-2", SPARSE.filled(3)).await?;
-            let relay = Relay::start(there.bound()?.rpc).await?;
-            relay.swallow_at(MANIFEST);
-            let moving = begin(here, "web-2", there, &relay).await?;
-            wait_until(SOON, "it to be asked", async || {
-                let asked = disk(here, "web-2").await?.and_then(|disk| disk.moving);
-                Ok(asked.is_some_and(|moves| moves.asked).then_some(()))
-            })
-            .await?;
-            here.kill()?;
-            ensure!(end(moving).await.is_err(), "its host is gone");
-            relay.unmute();
-            relay.break_off();
-            cluster.restart(here).await?;
             wait_until(SOON, "it to stay", async || {
                 let told = disk(here, "web-2").await?.context("it is gone")?;
                 Ok(told.moving.is_none().then_some(()))
@@ -294,6 +285,32 @@ fn where_the_answer_is_lost_the_vm_runs_nowhere_until_it_is_known_where() -> Res
             only(cluster, &[(there, &["web-1"]), (here, &["web-2"])]).await?;
             cluster.wait_known().await?;
             cluster.treeboot(&["migrate", "web-2", "--to", "h2"]).await?;
+            SPARSE.filled(3).check(there, "web-2").await?;
+
+            // The other host is gone for good, or so it is said; and comes back.
+            let relay = Relay::start(here.bound()?.rpc).await?;
+            relay.swallow_at(MANIFEST);
+            let moving = begin(there, "web-2", here, &relay).await?;
+            wait_until(SOON, "it to be asked again", async || {
+                let asked = disk(there, "web-2").await?.and_then(|disk| disk.moving);
+                Ok(asked.is_some_and(|moves| moves.asked).then_some(()))
+            })
+            .await?;
+            there.kill()?;
+            here.kill()?;
+            ensure!(end(moving).await.is_err(), "its host is gone");
+            cluster.restart(there).await?;
+            let gone = ["migrate", "web-2", "--take-back", "--gone", "h1"];
+            wait_until(SOON, "it to be taken back", async || {
+                let output = cluster.treeboot_output(&gone).await?;
+                let told = String::from_utf8_lossy(&output.stdout);
+                Ok(told.contains("by your word").then_some(()))
+            })
+            .await?;
+            let told = cluster.treeboot(&gone).await?;
+            ensure!(told.contains("is host 'h2''s already"), "{told}");
+            cluster.restart(here).await?;
+            cluster.wait_known().await?;
             SPARSE.filled(3).check(there, "web-2").await
         },
     )
@@ -301,7 +318,7 @@ fn where_the_answer_is_lost_the_vm_runs_nowhere_until_it_is_known_where() -> Res
 
 async fn refused_destroy(host: &Daemon) -> Result<()> {
     let request = v1::DestroyRequest {
-        vm: "web-1".into(),
+        vm: "web-2".into(),
         instance_only: false,
     };
     let error = host.agent().await?.destroy(request).await.err();
@@ -401,4 +418,68 @@ fn a_guest_that_runs_is_stopped_here_and_goes_on_there() -> Result<()> {
         ensure!(identity(&first) == identity(&third), "{third}");
         Ok(())
     })
+}
+
+#[test]
+fn a_guest_that_shuts_down_for_a_move_when_its_agent_dies_runs_again() -> Result<()> {
+    let Some(file) = guest::busybox() else {
+        return Ok(());
+    };
+    let plan = Plan {
+        hosts: 2,
+        ..Plan::default()
+    };
+    with_cluster(
+        "migrations-shutdown",
+        Machine::Alone,
+        plan,
+        async move |cluster| {
+            cluster.import(&file, "busybox").await?;
+            let (here, there) = (&cluster.hosts[0], &cluster.hosts[1]);
+            let order = guest::order_with_jobs("web-1", "busybox", &["slow_end=3"]);
+            fleet::boot(here, &order).await?;
+            let relay = Relay::start(there.bound()?.rpc).await?;
+            let moving = begin(here, "web-1", there, &relay).await?;
+            wait_until(order.limit, "the guest to go down", async || {
+                let vm = fleet::describe(here, "web-1").await?;
+                Ok(guest::console(&vm)?.contains(" going down").then_some(()))
+            })
+            .await?;
+            here.kill()?;
+            ensure!(end(moving).await.is_err(), "its host is gone");
+            cluster.restart(here).await?;
+            let again = async || {
+                let vm = fleet::describe(here, "web-1").await?;
+                let again = vm.state() == v1::VmState::Ready && guest::console(&vm)?.contains(" boot 2, ");
+                Ok(again.then_some(()))
+            };
+            wait_until(order.limit, "it to run again", again).await?;
+            ensure!(
+                disk(here, "web-1").await?.context("no disk")?.moving.is_none(),
+                "it moves"
+            );
+
+            // Who stops a VM wants it to be stopped, whatever was to follow.
+            let moving = begin(here, "web-1", there, &relay).await?;
+            wait_until(order.limit, "the guest to go down again", async || {
+                let vm = fleet::describe(here, "web-1").await?;
+                Ok(guest::console(&vm)?.contains(" going down").then_some(()))
+            })
+            .await?;
+            here.kill()?;
+            ensure!(end(moving).await.is_err(), "its host is gone");
+            cluster.restart(here).await?;
+            cluster.wait_known().await?;
+            cluster.treeboot(&["vm", "stop", "web-1"]).await?;
+            let vm = fleet::describe(here, "web-1").await?;
+            ensure!(vm.state() == v1::VmState::Stopped, "{:?}", vm.state());
+            // What came there stays for a while: nobody told that host.
+            ensure!(disk(there, "web-1").await?.is_none(), "it is there, too");
+            let stays = disk(here, "web-1")
+                .await?
+                .is_some_and(|disk| disk.moving.is_none());
+            ensure!(stays, "it is not here");
+            Ok(())
+        },
+    )
 }

@@ -283,6 +283,7 @@ impl World<'_> {
                 let request = v1::SnapshotRequest {
                     vm: vm.clone(),
                     snapshot: snapshot.clone(),
+                    ..v1::SnapshotRequest::default()
                 };
                 code(client.snapshot(request).await)
             }

@@ -67,6 +67,7 @@ async fn snapshot(agent: &Daemon, name: &str) -> Result<v1::SnapshotResponse> {
     let request = v1::SnapshotRequest {
         vm: VM.into(),
         snapshot: name.into(),
+        ..v1::SnapshotRequest::default()
     };
     Ok(agent.agent().await?.snapshot(request).await?.into_inner())
 }
@@ -204,6 +205,7 @@ fn snapshots_are_taken_gone_back_to_and_deleted_while_the_disk_is_written_throug
         let unknown = v1::SnapshotRequest {
             vm: "web-9".into(),
             snapshot: "a".into(),
+            ..v1::SnapshotRequest::default()
         };
         let error = agent
             .agent()

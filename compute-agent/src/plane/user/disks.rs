@@ -85,10 +85,12 @@ impl UserPlane {
             LayerChange::Snapshot {
                 snapshot,
                 created_unix_ms,
+                frozen,
             } => {
                 let snapshot = Snapshot {
                     name: snapshot.clone(),
                     created_unix_ms: *created_unix_ms,
+                    frozen: *frozen,
                 };
                 disk.snapshot(snapshot).await.map(drop)
             }

@@ -141,6 +141,7 @@ impl Coordinator for Bare {
         list_images: ListImagesRequest -> ListImagesResponse,
         remove_image: RemoveImageRequest -> RemoveImageResponse,
         list_hosts: ListHostsRequest -> ListHostsResponse,
+        get_host: GetHostRequest -> GetHostResponse,
         get_tree: GetTreeRequest -> GetTreeResponse,
         enroll: EnrollRequest -> CertifyResponse,
         renew: RenewRequest -> CertifyResponse,
