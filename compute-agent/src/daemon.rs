@@ -24,6 +24,7 @@ use crate::host::{Host, HostError, Refused, Settings};
 use crate::identity::{self, IdentityError, IdentityOptions};
 use crate::journal::{Journal, JournalError};
 use crate::keys::{Keys, KeysError};
+use crate::plane::Plane;
 use crate::rpc;
 
 /// How long an orderly end waits for calls under way.
@@ -240,6 +241,17 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError`] says what is in the way.
     pub async fn start(options: &Options) -> Result<Self, DaemonError> {
+        Self::start_over(options, |plane, journal| (plane, journal)).await
+    }
+
+    /// As [`Daemon::start`], over the plane and the journal that are made of those which there are.
+    ///
+    /// # Errors
+    /// [`DaemonError`] says what is in the way.
+    pub async fn start_over(
+        options: &Options,
+        over: impl FnOnce(Arc<dyn Plane>, Journal) -> (Arc<dyn Plane>, Journal),
+    ) -> Result<Self, DaemonError> {
         let state = absolute(&options.state)?;
         std::fs::create_dir_all(&state).map_err(state_error(&state))?;
         let lock = lock(&state)?;
@@ -293,6 +305,7 @@ impl Daemon {
         let plane = choice::open(&options.plane, places)?;
         let portal = plane.portal();
         let (journal, recovered) = Journal::open(&state)?;
+        let (plane, journal) = over(plane, journal);
         if let Some(damage) = recovered.damage {
             // Mostly what a loss of power leaves of a record that nobody waited for.
             tracing::warn!(%damage, "the journal ended in a record that was not whole; it is repaired, and holds all before that");

@@ -168,6 +168,25 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// A short name for logs and for tests that count changes.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Placed { .. } => "placed",
+            Self::Pinned { .. } => "pinned",
+            Self::Detached { .. } => "detached",
+            Self::Stored { .. } => "stored",
+            Self::StoreDoomed { .. } => "store_doomed",
+            Self::StoreGone { .. } => "store_gone",
+            Self::Disk { .. } => "disk",
+            Self::DiskGone { .. } => "disk_gone",
+            Self::Vm { .. } => "vm",
+            Self::Announced { .. } => "announced",
+            Self::VmGone { .. } => "vm_gone",
+        }
+    }
+}
+
 impl Desired {
     /// Takes one change in. A change that says nothing new changes nothing.
     pub fn fold(&mut self, change: Change) {

@@ -27,3 +27,4 @@ pub mod planted;
 pub mod rpc;
 pub mod stack;
 pub mod store;
+pub mod witness;

@@ -269,15 +269,34 @@ async fn iscsi(qemu: &Path) -> Result<bool, ProbeError> {
 }
 
 async fn acceleration(dir: &Path, qemu: &Path) -> Result<Acceleration, ProbeError> {
+    sweep(dir);
     let disk = dir.join(format!("probe.{}.raw", std::process::id()));
     std::fs::write(&disk, boot_sector::disk()).map_err(|source| ProbeError::File {
         path: disk.clone(),
         source,
     })?;
     let result = fastest(qemu, &disk).await;
-    // A left-over of 1 MiB is no reason to fail, and the next probe of this process overwrites it.
+    // A left-over of 1 MiB is no reason to fail, and the next probe of this process overwrites it, one of another removes it.
     let _ = std::fs::remove_file(&disk);
     result
+}
+
+/// Removes what a probe left whose process was killed.
+fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        let disk = name
+            .strip_prefix("probe.")
+            .and_then(|rest| rest.strip_suffix(".raw"));
+        let draft = name
+            .strip_prefix(CACHE_FILE)
+            .and_then(|rest| rest.strip_prefix('.'));
+        let pid = disk.or(draft).and_then(|pid| pid.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 async fn fastest(qemu: &Path, disk: &Path) -> Result<Acceleration, ProbeError> {
@@ -444,6 +463,27 @@ mod tests {
         assert_eq!(find_in_path(Some("/nowhere:/proc".as_ref())), None);
         let message = ProbeError::NoQemu.to_string();
         assert!(message.contains("qemu-system-x86 qemu-block-extra"), "{message}");
+    }
+
+    #[test]
+    fn what_a_killed_probe_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        // Pids end at 2^22 (proc(5), `pid_max`).
+        let (dead, own) = (u32::MAX, std::process::id());
+        let names = [
+            format!("probe.{dead}.raw"),
+            format!("{CACHE_FILE}.{dead}"),
+            format!("probe.{own}.raw"),
+            format!("{CACHE_FILE}.{own}"),
+            CACHE_FILE.to_owned(),
+            "probe.disk.raw".to_owned(),
+        ];
+        for name in &names {
+            std::fs::write(dir.path().join(name), "").expect("written");
+        }
+        sweep(dir.path());
+        let left = names.each_ref().map(|name| dir.path().join(name).exists());
+        assert_eq!(left, [false, false, true, true, true, true]);
     }
 
     #[tokio::test]

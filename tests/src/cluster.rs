@@ -30,6 +30,8 @@ pub struct Plan {
     pub active_parents: u32,
     /// A program of the tests' own in the coordinator's place.
     pub coordinator_program: Option<&'static str>,
+    /// The same for all agents.
+    pub agent_program: Option<&'static str>,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<String>,
     /// Further arguments of every agent, the origin's too.
@@ -51,6 +53,7 @@ impl Default for Plan {
             fan_out: None,
             active_parents: 1,
             coordinator_program: None,
+            agent_program: None,
             coordinator_args: Vec::new(),
             agent_args: Vec::new(),
             namespaces: false,
@@ -120,12 +123,16 @@ impl Cluster {
                 namespace: None,
             },
         )?;
+        let agent_program = match plan.agent_program {
+            Some(name) => binaries.test_program(name)?,
+            None => binaries.agent(),
+        };
         let agent = |number: usize, name: &str| {
             Daemon::new(
                 &scratch,
                 DaemonSpec {
                     name: name.into(),
-                    program: binaries.agent(),
+                    program: agent_program.clone(),
                     args: agent_args(&scratch, plan, name, number == 0),
                     address: addresses.host(number),
                     portal: true,

@@ -175,3 +175,19 @@ pub async fn attach(agent: &Daemon, image: &str) -> Result<(v1::AttachResponse, 
         .with_context(|| format!("{} could not attach to {image}", agent.name()))?;
     Ok((answer.into_inner(), began.elapsed()))
 }
+
+/// Follows a call that tells of its progress to its result.
+///
+/// # Errors
+/// The call's own; without a result `UNAVAILABLE`.
+pub async fn last<T>(
+    mut stream: tonic::Streaming<T>,
+    has_result: impl Fn(&T) -> bool,
+) -> Result<(), tonic::Status> {
+    while let Some(step) = stream.message().await? {
+        if has_result(&step) {
+            return Ok(());
+        }
+    }
+    Err(tonic::Status::unavailable("no result"))
+}

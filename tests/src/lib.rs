@@ -22,6 +22,7 @@ pub mod relay;
 pub mod scratch;
 pub mod sim;
 pub mod stats;
+pub mod steps;
 pub mod table;
 pub mod tgt;
 pub mod uml;

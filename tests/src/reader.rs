@@ -1,8 +1,9 @@
 //! Reads an image whole through a VM's disk, as a front end would, and compares every block with what the image is known to hold.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::stream::{StreamExt as _, TryStreamExt as _};
 use treeboot_iscsi::initiator::{Session, SessionOptions};
 use treeboot_iscsi::login::{Chap, Credentials, Secret};
@@ -10,7 +11,7 @@ use treeboot_proto::v1;
 use treeboot_types::{Iqn, IscsiUrl, VmName};
 
 use crate::daemon::Daemon;
-use crate::image::Pattern;
+use crate::image::{BLOCK_BYTES, Pattern};
 use crate::measure::newest;
 
 /// One command.
@@ -85,4 +86,47 @@ pub async fn read_whole(session: &Session, lun: u16, pattern: Pattern) -> Result
         took: began.elapsed(),
         longest,
     })
+}
+
+/// Blocks of [`BLOCK_BYTES`] of a disk that are not the image's, each filled with a byte.
+pub type Blocks = BTreeMap<u64, u8>;
+
+/// Fills blocks of a disk.
+///
+/// # Errors
+/// A command failed.
+pub async fn write_blocks(session: &Session, lun: u16, blocks: &[u64], fill: u8) -> Result<()> {
+    for block in blocks {
+        let data = vec![fill; BLOCK_BYTES].into();
+        session.write(lun, block * BLOCK_BYTES as u64, data).await?;
+    }
+    session.flush(lun).await?;
+    Ok(())
+}
+
+/// The disk has these blocks, and the image's elsewhere.
+///
+/// # Errors
+/// A command failed, or a block is another; the error says which.
+pub async fn check_blocks(session: &Session, lun: u16, image: Pattern, blocks: &Blocks) -> Result<()> {
+    for offset in (0..image.bytes).step_by(usize::try_from(READ_BYTES)?) {
+        let bytes = u32::try_from(READ_BYTES.min(image.bytes - offset))?;
+        check_read(offset, &session.read(lun, offset, bytes).await?, image, blocks)?;
+    }
+    Ok(())
+}
+
+/// What was read of a disk at `offset`, a multiple of [`BLOCK_BYTES`], is these blocks, and the image's elsewhere.
+///
+/// # Errors
+/// A block is another; the error says which.
+pub fn check_read(offset: u64, read: &[u8], image: Pattern, blocks: &Blocks) -> Result<()> {
+    for (n, bytes) in (offset / BLOCK_BYTES as u64..).zip(read.chunks(BLOCK_BYTES)) {
+        let right = match blocks.get(&n) {
+            Some(fill) => bytes.iter().all(|byte| byte == fill),
+            None => image.first_wrong_block(n * BLOCK_BYTES as u64, bytes).is_none(),
+        };
+        ensure!(right, "block {n} is not what it should be");
+    }
+    Ok(())
 }

@@ -18,9 +18,10 @@ use crate::workspace;
 /// The fuzz targets, as in `fuzz/Cargo.toml`.
 const TARGETS: &[&str] = &["pdu", "login", "cdb", "session", "dm"];
 
-/// Not fuzz targets: faults of the kernel plane, and deaths below a guest. They need root, so they run only where they are asked for.
+/// Not fuzz targets: faults of the kernel plane, deaths below a guest, and agents killed at each step of each verb. They need root, so they run only where they are asked for.
 const KERNEL: &str = "kernel";
 const ENDURE: &str = "endure";
+const STEPS: &str = "steps";
 
 /// The longest input; a session of some dozen PDUs.
 const LONGEST_BYTES: u32 = 4096;
@@ -47,7 +48,7 @@ pub(crate) struct Args {
     /// Kills of each process below a guest
     #[arg(long, default_value_t = 20)]
     kills: u32,
-    /// Only these; 'oracle', 'sim', 'model' and 'writes' (once) are of them too [default: all], and, both root's and without a limit of time, 'endure' and 'kernel' (once) [default: not]
+    /// Only these; 'oracle', 'sim', 'model' and 'writes' (once) are of them too [default: all], and, all root's and without a limit of time, 'steps' (once), 'endure' and 'kernel' (once) [default: not]
     #[arg(value_name = "TARGET", value_parser = targets())]
     only: Vec<String>,
 }
@@ -56,7 +57,7 @@ fn targets() -> clap::builder::PossibleValuesParser {
     TARGETS
         .iter()
         .copied()
-        .chain(["oracle", "sim", "model", "writes", ENDURE, KERNEL])
+        .chain(["oracle", "sim", "model", "writes", STEPS, ENDURE, KERNEL])
         .collect::<Vec<_>>()
         .into()
 }
@@ -108,6 +109,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if wanted("writes") {
         begin("the coordinator killed at every write, once", &logs, "writes");
         outcomes.push(writes(&logs)?);
+    }
+    if args.only.iter().any(|only| only == STEPS) {
+        begin("agents killed at each step of each verb, once", &logs, STEPS);
+        outcomes.push(steps(&logs)?);
     }
     if args.only.iter().any(|only| only == ENDURE) {
         begin("a guest at each front end while others die", &logs, ENDURE);
@@ -380,6 +385,28 @@ fn writes(logs: &Path) -> Result<Outcome> {
         executions: kills,
         corpus: None,
         finding: (!well).then(|| format!("see {}", log.display())),
+    })
+}
+
+/// Agents killed before and after each step of each verb of the user plane; prints a line for each verb.
+fn steps(logs: &Path) -> Result<Outcome> {
+    let mut cargo = processes(&["--ignored", "killed_at_any_step"])?;
+    cargo.env("TREEBOOT_STEPS", "all");
+    let log = log_of(logs, STEPS);
+    let (well, took, text) = logged(&mut cargo, &log)?;
+    for line in text.lines().filter(|line| line.contains(" kills")) {
+        println!("{line}");
+    }
+    let kills = text
+        .lines()
+        .find_map(|line| line.strip_prefix("steps: ")?.split_once(" kills")?.0.parse().ok());
+    let skipped = text.contains("SKIPPED");
+    Ok(Outcome {
+        name: STEPS,
+        seconds: took.as_secs(),
+        executions: kills,
+        corpus: None,
+        finding: (!well || skipped).then(|| format!("see {}", log.display())),
     })
 }
 

@@ -19,12 +19,12 @@ use tokio::sync::{mpsc, watch};
 use treeboot_hypervisor::{AdoptError, RunningVm, StopMode};
 use treeboot_types::{ImageId, ImageRef, SnapshotName, VmName};
 
-use super::base::{BaseMsg, Reply};
+use super::base::Reply;
 use super::receive::Received;
 use super::report::{READY_LIMIT, StartRequest, VmReport, VmRun};
 use super::take::Taking;
 use super::{DiskOptions, Host, HostError, Shared, chain, is_running, limits, reach_error};
-use crate::desired::{Change, DiskState, VmState};
+use crate::desired::{Change, VmState};
 use crate::plane::Scope;
 use crate::stack::{Content, LayerChange};
 
@@ -359,35 +359,6 @@ impl VmOwner {
         self.shared.board.changed.notify_one();
         tracing::info!(vm = %self.vm, "destroyed");
         Ok(())
-    }
-
-    pub(super) async fn delete_disk(&mut self, keep_base: bool) -> Result<(), HostError> {
-        let desired = self.shared.journal().desired();
-        let Some(there) = desired.disks.get(&self.vm) else {
-            return Ok(());
-        };
-        let (vm, image) = (self.vm.clone(), there.image.clone());
-        if !there.doomed {
-            let disk = DiskState {
-                doomed: true,
-                ..there.clone()
-            };
-            let vm = vm.clone();
-            self.shared.journal().commit([Change::Disk { vm, disk }]).await?;
-        }
-        self.reach_disk().await?;
-        self.shared.journal().commit([Change::DiskGone { vm }]).await?;
-        self.shared.settings.keys.disk_gone(&self.vm).await;
-        self.release(image, keep_base).await;
-        Ok(())
-    }
-
-    async fn release(&mut self, image: ImageId, keep: bool) {
-        if let Some(content) = self.host.content(&image) {
-            let released = BaseMsg::Released { image, keep };
-            // Where the agent ends now, the next start gives the base up.
-            let _ = self.host.base(content.digest).send(released).await;
-        }
     }
 
     pub(super) fn run_dir(&self) -> std::path::PathBuf {

@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::desired::{Change, Desired};
 use crate::stack::Step;
+use crate::witness::Witness;
 
 /// Entries that may wait for the file's thread; beyond it, who writes waits.
 const QUEUE: usize = 256;
@@ -121,6 +122,7 @@ pub struct Journal {
     desired: watch::Receiver<Arc<Desired>>,
     trouble: watch::Receiver<Trouble>,
     next_intent: Arc<std::sync::atomic::AtomicU64>,
+    witness: Witness,
 }
 
 impl std::fmt::Debug for Entry {
@@ -175,7 +177,14 @@ impl Journal {
             desired: watched,
             trouble,
             next_intent: Arc::default(),
+            witness: Witness::default(),
         })
+    }
+
+    /// The same journal, of whose changes somebody is told.
+    #[must_use]
+    pub fn witnessed(self, witness: Witness) -> Self {
+        Self { witness, ..self }
     }
 
     /// What is desired now.
@@ -188,8 +197,10 @@ impl Journal {
     /// # Errors
     /// [`JournalError`]; nothing changed then.
     pub async fn commit(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), JournalError> {
-        self.write(changes.into_iter().map(Record::Change).collect(), true)
-            .await
+        let changes: Vec<_> = changes.into_iter().collect();
+        let what = changes.first().map_or("nothing", Change::name);
+        let records = changes.into_iter().map(Record::Change).collect();
+        self.witness.around(what, self.write(records, true)).await
     }
 
     /// Changes what is desired by what somebody else will say again (the coordinator, of a place in one stripe): it survives the
@@ -198,7 +209,8 @@ impl Journal {
     /// # Errors
     /// [`JournalError`]; nothing changed then.
     pub async fn learn(&self, change: Change) -> Result<(), JournalError> {
-        self.write(vec![Record::Change(change)], false).await
+        let (what, records) = (change.name(), vec![Record::Change(change)]);
+        self.witness.around(what, self.write(records, false)).await
     }
 
     /// Announces a step.

@@ -1,18 +1,20 @@
 //! A plane that fails at a chosen step, as an error or as a crash: the tool behind "fail at k".
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use treeboot_types::{Digest, VmName};
+use treeboot_types::{Digest, ImageId, Iqn, VmName};
 
 use super::{
     Abilities, BaseStats, DiskPlace, DiskStats, LayerBlocks, ParentFault, Plane, PlaneError, PlaneFuture,
     PlaneKind, Scope, Trouble,
 };
 use crate::stack::{Found, Step};
+use crate::witness::Witness;
 use treeboot_block::LayeredDisk;
 use treeboot_block::layers::{Arrival, Frozen, Incoming, LayerReport, LayerTree};
 
@@ -32,6 +34,7 @@ pub struct FaultyPlane {
     inner: Arc<dyn Plane>,
     applied: AtomicUsize,
     fault: Mutex<(usize, FaultMode)>,
+    witness: Witness,
 }
 
 impl FaultyPlane {
@@ -41,6 +44,15 @@ impl FaultyPlane {
             inner,
             applied: AtomicUsize::new(0),
             fault: Mutex::new((at, mode)),
+            witness: Witness::default(),
+        }
+    }
+
+    /// Fails at none, and tells of each.
+    pub fn witnessed(inner: Arc<dyn Plane>, witness: Witness) -> Self {
+        Self {
+            witness,
+            ..Self::new(inner, usize::MAX, FaultMode::Error)
         }
     }
 
@@ -80,7 +92,7 @@ impl Plane for FaultyPlane {
                 return Err(fault);
             }
             if number != at {
-                return self.inner.apply(step).await;
+                return self.witness.around(step.name(), self.inner.apply(step)).await;
             }
             if mode == FaultMode::CrashAfter {
                 self.inner.apply(step).await?;
@@ -113,12 +125,16 @@ impl Plane for FaultyPlane {
         self.inner.layers(vm, check)
     }
 
+    fn device(&self, vm: &VmName) -> Option<PathBuf> {
+        self.inner.device(vm)
+    }
+
     fn held(&self, vm: &VmName, transfer: u64) -> Result<Arc<Frozen>, PlaneError> {
         self.inner.held(vm, transfer)
     }
 
     fn receive<'a>(&'a self, arrival: &'a Arrival) -> PlaneFuture<'a, Arc<Incoming>> {
-        self.inner.receive(arrival)
+        Box::pin(self.witness.around("receive", self.inner.receive(arrival)))
     }
 
     fn layered(&self, vm: &VmName) -> Result<Arc<LayeredDisk>, PlaneError> {
@@ -131,11 +147,14 @@ impl Plane for FaultyPlane {
         tree: &'a LayerTree,
         blocks: &'a LayerBlocks,
     ) -> PlaneFuture<'a, ()> {
-        self.inner.finish(arrival, tree, blocks)
+        Box::pin(
+            self.witness
+                .around("finish", self.inner.finish(arrival, tree, blocks)),
+        )
     }
 
     fn discard<'a>(&'a self, vm: &'a VmName, transfer: Option<u64>) -> PlaneFuture<'a, ()> {
-        self.inner.discard(vm, transfer)
+        Box::pin(self.witness.around("discard", self.inner.discard(vm, transfer)))
     }
 
     fn arrivals(&self, owned: BTreeSet<VmName>) -> PlaneFuture<'_, BTreeSet<(VmName, u64)>> {
@@ -150,12 +169,20 @@ impl Plane for FaultyPlane {
         self.inner.troubles()
     }
 
+    fn rekey(&self) -> PlaneFuture<'_, ()> {
+        self.inner.rekey()
+    }
+
     fn take_faults(&self) -> Vec<ParentFault> {
         self.inner.take_faults()
     }
 
     fn portal(&self) -> String {
         self.inner.portal()
+    }
+
+    fn export_name(&self, image: &ImageId) -> Iqn {
+        self.inner.export_name(image)
     }
 
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {

@@ -31,6 +31,7 @@ mod room;
 mod sectors;
 mod serve;
 mod snapshots;
+mod steps;
 mod strangers;
 mod strangers_iscsi;
 mod striped;

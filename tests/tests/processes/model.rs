@@ -14,19 +14,20 @@ use treeboot_proto::v1;
 use treeboot_proto::v1::agent_client::AgentClient;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::daemon::Daemon;
+use treeboot_tests::fleet::last;
 use treeboot_tests::image::Pattern;
 use treeboot_tests::measure::newest;
-use treeboot_tests::reader::log_in;
+use treeboot_tests::reader::{Blocks, check_blocks, log_in, write_blocks};
 use treeboot_tests::wait::wait_until;
 
 use crate::support::{Machine, on_own_thread_within};
+use crate::written::BLOCK;
 
 const IMAGE: &str = "pattern";
 const PATTERN: Pattern = Pattern {
     seed: 79,
     bytes: 2 << 20,
 };
-const BLOCK: u64 = 4096;
 const BLOCKS: u64 = PATTERN.bytes / BLOCK;
 const SOON: Duration = Duration::from_secs(60);
 /// In an ordinary run: how many verbs of each life.
@@ -52,9 +53,6 @@ impl Random {
         self.next() % end
     }
 }
-
-/// Blocks that are not the image's.
-type Blocks = BTreeMap<u64, u8>;
 
 #[derive(Debug, Clone, Default)]
 struct Disk {
@@ -272,11 +270,7 @@ impl World<'_> {
                     return Ok(Ok(Code::NotFound));
                 }
                 let (session, lun) = log_in(agent, IMAGE, vm).await?;
-                for block in blocks {
-                    let data = vec![*fill; BLOCK as usize].into();
-                    session.write(lun, block * BLOCK, data).await?;
-                }
-                session.flush(lun).await?;
+                write_blocks(&session, lun, blocks, *fill).await?;
                 Ok(Code::Ok)
             }
             Verb::Snapshot { vm, snapshot } => {
@@ -444,22 +438,13 @@ impl World<'_> {
     }
 
     async fn content(&self, vm: &str) -> Result<()> {
-        const AT_ONCE: u64 = 65536;
         let Some((host, disk)) = self.model.0.get(vm) else {
             return Ok(());
         };
         let (session, lun) = log_in(self.agent(*host)?, IMAGE, vm).await?;
-        for offset in (0..PATTERN.bytes).step_by(AT_ONCE as usize) {
-            let read = session.read(lun, offset, AT_ONCE as u32).await?;
-            for (n, bytes) in (offset / BLOCK..).zip(read.chunks(BLOCK as usize)) {
-                let right = match disk.now.get(&n) {
-                    Some(fill) => bytes.iter().all(|byte| byte == fill),
-                    None => PATTERN.first_wrong_block(n * BLOCK, bytes).is_none(),
-                };
-                ensure!(right, "{vm}: block {n} is not what it should be");
-            }
-        }
-        Ok(())
+        check_blocks(&session, lun, PATTERN, &disk.now)
+            .await
+            .context(vm.to_owned())
     }
 
     /// Every disk and every snapshot of it; then all goes, and nothing is left.
@@ -487,18 +472,6 @@ impl World<'_> {
         }
         Ok(())
     }
-}
-
-async fn last<T>(
-    mut stream: tonic::Streaming<T>,
-    has_result: impl Fn(&T) -> bool,
-) -> Result<(), tonic::Status> {
-    while let Some(step) = stream.message().await? {
-        if has_result(&step) {
-            return Ok(());
-        }
-    }
-    Err(tonic::Status::unavailable("no result"))
 }
 
 /// One life; how many verbs it had.

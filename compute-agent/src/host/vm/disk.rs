@@ -113,6 +113,45 @@ impl VmOwner {
         }
         self.delete_disk(false).await
     }
+
+    pub(in crate::host) async fn delete_disk(&mut self, keep_base: bool) -> Result<(), HostError> {
+        let desired = self.shared.journal().desired();
+        let Some(there) = desired.disks.get(&self.vm) else {
+            return Ok(());
+        };
+        let (vm, image) = (self.vm.clone(), there.image.clone());
+        if !there.doomed {
+            let disk = DiskState {
+                doomed: true,
+                ..there.clone()
+            };
+            let vm = vm.clone();
+            // With the same write, so that an agent that is killed before the end keeps the base, too.
+            let placed = desired
+                .images
+                .get(&image)
+                .is_some_and(|state| state.place.is_some());
+            let stays = (keep_base && placed).then(|| Change::Pinned {
+                image: image.clone(),
+                pinned: true,
+            });
+            let changes = stays.into_iter().chain([Change::Disk { vm, disk }]);
+            self.shared.journal().commit(changes).await?;
+        }
+        self.reach_disk().await?;
+        self.shared.journal().commit([Change::DiskGone { vm }]).await?;
+        self.shared.settings.keys.disk_gone(&self.vm).await;
+        self.release(image, keep_base).await;
+        Ok(())
+    }
+
+    async fn release(&mut self, image: ImageId, keep: bool) {
+        if let Some(content) = self.host.content(&image) {
+            let released = BaseMsg::Released { image, keep };
+            // Where the agent ends now, the next start gives the base up.
+            let _ = self.host.base(content.digest).send(released).await;
+        }
+    }
 }
 
 /// Whether a failure names this VM's delta, so that asking again is of no use.
