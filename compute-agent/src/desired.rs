@@ -183,6 +183,7 @@ impl Change {
             Self::Vm { .. } => "vm",
             Self::Announced { .. } => "announced",
             Self::VmGone { .. } => "vm_gone",
+            Self::TakenBack { .. } => "taken_back",
         }
     }
 }

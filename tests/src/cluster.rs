@@ -32,6 +32,8 @@ pub struct Plan {
     pub coordinator_program: Option<&'static str>,
     /// The same for all agents.
     pub agent_program: Option<&'static str>,
+    /// The hosts, but not the origin, move blocks through the kernel.
+    pub kernel_plane: bool,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<String>,
     /// Further arguments of every agent, the origin's too.
@@ -54,6 +56,7 @@ impl Default for Plan {
             active_parents: 1,
             coordinator_program: None,
             agent_program: None,
+            kernel_plane: false,
             coordinator_args: Vec::new(),
             agent_args: Vec::new(),
             namespaces: false,
@@ -119,7 +122,7 @@ impl Cluster {
                 },
                 args: coordinator_args(&scratch, plan),
                 address: addresses.coordinator(),
-                portal: false,
+                portal: None,
                 namespace: None,
             },
         )?;
@@ -135,7 +138,8 @@ impl Cluster {
                     program: agent_program.clone(),
                     args: agent_args(&scratch, plan, name, number == 0),
                     address: addresses.host(number),
-                    portal: true,
+                    // LIO takes no free port by itself.
+                    portal: Some(if plan.kernel_plane && number > 0 { 3260 } else { 0 }),
                     namespace: network.as_ref().map(|network| network.namespace(number)),
                 },
             )
@@ -388,6 +392,8 @@ fn agent_args(scratch: &Scratch, plan: &Plan, name: &str, origin: bool) -> Vec<O
     ];
     if origin {
         args.extend(["--store".into(), folder.join("store").into()]);
+    } else if plan.kernel_plane {
+        args.extend(["--plane".into(), "kernel".into()]);
     }
     args.extend(plan.agent_args.iter().map(Into::into));
     args

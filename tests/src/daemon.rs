@@ -46,8 +46,8 @@ pub struct DaemonSpec {
     pub args: Vec<OsString>,
     /// Where it listens; the ports are chosen by the system at the first start, and kept.
     pub address: IpAddr,
-    /// Whether it has an iSCSI portal.
-    pub portal: bool,
+    /// The port of its iSCSI portal, where it has one; 0: a free one.
+    pub portal: Option<u16>,
     /// The network namespace it runs in.
     pub namespace: Option<String>,
 }
@@ -151,15 +151,13 @@ impl Daemon {
         }
         let ready_file = self.folder.join("ready.json");
         let _ = fs::remove_file(&ready_file);
-        let port = |bound: Option<SocketAddr>| bound.map_or(0, |address| address.port());
-        let rpc = SocketAddr::new(self.spec.address, port(running.bound.map(|bound| bound.rpc)));
-        let portal = SocketAddr::new(
-            self.spec.address,
-            port(running.bound.and_then(|bound| bound.portal)),
-        );
+        let port = |bound: Option<SocketAddr>, first| bound.map_or(first, |address| address.port());
+        let rpc = SocketAddr::new(self.spec.address, port(running.bound.map(|bound| bound.rpc), 0));
         let mut command = self.command(scratch);
         command.args(&self.spec.args).arg("--listen").arg(rpc.to_string());
-        if self.spec.portal {
+        if let Some(first) = self.spec.portal {
+            let port = port(running.bound.and_then(|bound| bound.portal), first);
+            let portal = SocketAddr::new(self.spec.address, port);
             command.arg("--portal").arg(portal.to_string());
         }
         let log = fs::OpenOptions::new()
@@ -201,7 +199,7 @@ impl Daemon {
         };
         Ok(Bound {
             rpc: address("rpc")?,
-            portal: self.spec.portal.then(|| address("portal")).transpose()?,
+            portal: self.spec.portal.map(|_| address("portal")).transpose()?,
         })
     }
 

@@ -202,7 +202,7 @@ impl Lab {
                 program: binaries.coordinator(),
                 args,
                 address: network.hub_address(),
-                portal: false,
+                portal: None,
                 namespace: None,
             },
         )?;
@@ -224,7 +224,7 @@ impl Lab {
                 program: binaries.agent(),
                 args,
                 address: network.address(0),
-                portal: true,
+                portal: Some(0),
                 namespace: Some(network.namespace(0)),
             },
         )?;

@@ -390,7 +390,7 @@ fn writes(logs: &Path) -> Result<Outcome> {
 
 /// Agents killed before and after each step of each verb of the user plane; prints a line for each verb.
 fn steps(logs: &Path) -> Result<Outcome> {
-    let mut cargo = processes(&["--ignored", "killed_at_any_step"])?;
+    let mut cargo = processes(&["killed_at_any_step"])?;
     cargo.env("TREEBOOT_STEPS", "all");
     let log = log_of(logs, STEPS);
     let (well, took, text) = logged(&mut cargo, &log)?;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use treeboot_proto::v1;
 use treeboot_types::{HostName, ImageRef};
 
-use crate::client::{Agent, Coordinator, Options, PARALLEL_CALLS, find_host};
+use crate::client::{Agent, Coordinator, Options, PARALLEL_CALLS, find_host, host_name};
 use crate::failure::{Exit, Failure};
 use crate::output::{self, Align, JsonFlag, Table};
 use crate::parallel;
@@ -175,7 +175,12 @@ fn render(image: &ImageJson) -> String {
 /// `image remove`: the record first, so that nobody attaches to bytes that are going; then the origins' stores.
 pub(super) async fn remove(options: &Options, image: &ImageRef, force: bool) -> Result<(), Failure> {
     let coordinator = Coordinator::connect(options).await?;
-    let found = coordinator.image(image).await?;
+    let found = match coordinator.image(image).await {
+        Err(failure) if failure.exit == Exit::NotFound => {
+            return remove_rest(&coordinator, options, image, failure).await;
+        }
+        found => found?,
+    };
     let id = found
         .id
         .ok_or_else(|| crate::client::incomplete("the coordinator", "image.id"))?;
@@ -202,42 +207,93 @@ pub(super) async fn remove(options: &Options, image: &ImageRef, force: bool) -> 
     } else {
         coordinator.hosts().await?
     };
-    let count = holders.len();
-    let results = parallel::each(holders, PARALLEL_CALLS, |host| {
-        let (hosts, id, name, timeout) = (&hosts, &id, &name, options.timeout);
-        async move {
-            match drop_store(hosts, &host, id, timeout).await {
-                Ok(()) => Ok(host),
-                Err(failure) => {
-                    let what = format!("host '{host}' still stores the bytes of {name}: {}", failure.what);
-                    Err(Failure::new(failure.exit, what))
-                }
-            }
-        }
-    })
-    .await;
-    let mut failures = Vec::new();
+    let (gone, failures) = drop_stores(options, &hosts, holders.clone(), &id).await;
     let mut text = format!("removed {name}\n");
-    for result in results {
-        match result {
-            Ok(host) => text += &format!("  its bytes are gone from the store of '{host}'\n"),
-            Err(failure) => failures.push(failure),
+    for host in &holders {
+        if gone.contains_key(host) {
+            text += &format!("  its bytes are gone from the store of '{host}'\n");
         }
     }
     output::print_text(&text)?;
     // The record is gone, so this is never a failure of all.
-    parallel::verdict("store", count, &failures).map_err(|mut failure| {
+    partly(holders.len(), &failures)
+}
+
+/// The record is gone, and a host that did not hear of it then may still store the image.
+async fn remove_rest(
+    coordinator: &Coordinator,
+    options: &Options,
+    image: &ImageRef,
+    unknown: Failure,
+) -> Result<(), Failure> {
+    let Some(version) = image.version else {
+        return Err(unknown);
+    };
+    let id = v1::ImageId {
+        name: image.name.to_string(),
+        version,
+    };
+    let mut hosts = coordinator.hosts().await?;
+    hosts.retain(|host| host.connected && host.info.as_ref().is_some_and(|info| info.holds_store));
+    let names: Vec<_> = hosts.iter().map(|host| host_name(host).to_owned()).collect();
+    let (gone, failures) = drop_stores(options, &hosts, names, &id).await;
+    let had: Vec<_> = gone.into_iter().filter(|(_, had)| *had).collect();
+    if had.is_empty() && failures.is_empty() {
+        return Err(unknown);
+    }
+    for (host, _) in &had {
+        output::print_text(&format!(
+            "the bytes of {image} are gone from the store of '{host}'\n"
+        ))?;
+    }
+    partly(hosts.len(), &failures)
+}
+
+fn partly(stores: usize, failures: &[Failure]) -> Result<(), Failure> {
+    parallel::verdict("store", stores, failures).map_err(|mut failure| {
         failure.exit = Exit::Partly;
-        failure.advice("they are dropped when that agent starts again, or remove its directory by hand")
+        failure.advice("run the same command again when that agent is there")
     })
 }
 
+/// From which hosts' stores an image is gone, and whether it was there; and what failed.
+async fn drop_stores(
+    options: &Options,
+    hosts: &[v1::HostRecord],
+    names: Vec<String>,
+    id: &v1::ImageId,
+) -> (BTreeMap<String, bool>, Vec<Failure>) {
+    let results = parallel::each(names, PARALLEL_CALLS, |host| async move {
+        match drop_store(hosts, &host, id, options.timeout).await {
+            Ok(had) => Ok((host, had)),
+            Err(failure) => {
+                let name = id_words(id);
+                let what = format!(
+                    "host '{host}' may still store the bytes of {name}: {}",
+                    failure.what
+                );
+                Err(Failure::new(failure.exit, what))
+            }
+        }
+    })
+    .await;
+    let (mut gone, mut failures) = (BTreeMap::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok((host, had)) => drop(gone.insert(host, had)),
+            Err(failure) => failures.push(failure),
+        }
+    }
+    (gone, failures)
+}
+
+/// Whether it was there.
 async fn drop_store(
     hosts: &[v1::HostRecord],
     host: &str,
     id: &v1::ImageId,
     timeout: std::time::Duration,
-) -> Result<(), Failure> {
+) -> Result<bool, Failure> {
     let host = HostName::new(host).map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
     let agent = Agent::connect(&find_host(hosts, &host)?, timeout).await?;
     let request = v1::DropImageRequest {
@@ -248,8 +304,8 @@ async fn drop_store(
         .await;
     match dropped {
         // Told by the coordinator already, or never stored.
-        Err(failure) if failure.exit == Exit::NotFound => Ok(()),
-        other => other.map(|_| ()),
+        Err(failure) if failure.exit == Exit::NotFound => Ok(false),
+        other => other.map(|_| true),
     }
 }
 

@@ -24,7 +24,7 @@ use super::receive::Received;
 use super::report::{READY_LIMIT, StartRequest, VmReport, VmRun};
 use super::take::Taking;
 use super::{DiskOptions, Host, HostError, Shared, chain, is_running, limits, reach_error};
-use crate::desired::{Change, VmState};
+use crate::desired::VmState;
 use crate::plane::Scope;
 use crate::stack::{Content, LayerChange};
 

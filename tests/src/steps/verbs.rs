@@ -262,6 +262,7 @@ impl<'a> World<'a> {
         let request = v1::SnapshotRequest {
             vm: self.vm.clone(),
             snapshot: snapshot.into(),
+            ..v1::SnapshotRequest::default()
         };
         client.snapshot(request).await.map(drop)
     }

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use treeboot_tests::binaries::Binaries;
+use treeboot_tests::binaries::{BIN_DIR, Binaries};
 use treeboot_tests::need::{Need, require};
 use treeboot_tests::network::Network;
 use treeboot_tests::scratch::Scratch;
@@ -100,8 +100,9 @@ fn group_within(group: &'static str, limit: Duration, environment: &str) -> Resu
     let script = format!(
         "mount -t configfs configfs /sys/kernel/config\nmkdir -p /etc/target /var/target /etc/iscsi\n\
          rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets\n\
-         export TREEBOOT_CASES_DIR={DISK_MOUNT}/cases\nmkdir -p $TREEBOOT_CASES_DIR\n\
+         export TREEBOOT_CASES_DIR={DISK_MOUNT}/cases\nmkdir -p $TREEBOOT_CASES_DIR\nexport TMPDIR=$TREEBOOT_CASES_DIR {BIN_DIR}={}\n\
          dmesg --console-level 1\n{environment} RUST_BACKTRACE=1 {} {group} {chosen}\n",
+        binaries.folder().display(),
         program.display()
     );
     let runtime = tokio::runtime::Builder::new_current_thread()

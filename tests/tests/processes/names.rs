@@ -114,7 +114,7 @@ fn a_second_agent_of_one_name_is_refused_and_ends() -> Result<()> {
                     folder.join("cache").into(),
                 ],
                 address: first.bound()?.rpc.ip(),
-                portal: true,
+                portal: Some(0),
                 namespace: None,
             },
         )?;

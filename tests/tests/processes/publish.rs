@@ -8,10 +8,10 @@ use treeboot_proto::v1;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::daemon::Daemon;
 use treeboot_tests::image::Pattern;
-use treeboot_tests::reader::log_in;
+use treeboot_tests::reader::{log_in, write_blocks};
 use treeboot_tests::wait::wait_until;
 
-use crate::support::{Machine, refused, with_cluster, write_blocks};
+use crate::support::{Machine, refused, with_cluster};
 
 const IMAGE: &str = "pattern";
 const PATTERN: Pattern = Pattern {
@@ -41,8 +41,8 @@ async fn import(cluster: &Cluster) -> Result<()> {
 }
 
 /// Blocks, each eighth of the disk from `first` on.
-fn each(first: u64) -> impl Iterator<Item = u64> {
-    (0..WRITTEN).map(move |n| first + n * STEP)
+fn each(first: u64) -> Vec<u64> {
+    (0..WRITTEN).map(|n| first + n * STEP).collect()
 }
 
 /// A new VM's disk has `fill` at each eighth block from `first` on, for each of `written`, and the image's bytes elsewhere.
@@ -103,12 +103,12 @@ async fn updated(cluster: &Cluster) -> Result<()> {
     let (here, there) = (&cluster.hosts[0], &cluster.hosts[1]);
     let whole = stored(origin)?;
     let (session, lun) = log_in(here, IMAGE, "web-1").await?;
-    write_blocks(&session, lun, 7, each(0)).await?;
+    write_blocks(&session, lun, &each(0), 7).await?;
     cluster
         .treeboot(&["snapshot", "create", "web-1", "updated"])
         .await?;
     // Not part of it.
-    write_blocks(&session, lun, 8, each(1)).await?;
+    write_blocks(&session, lun, &each(1), 8).await?;
     let told = cluster
         .treeboot(&["publish", "web-1", "--snapshot", "updated", "--json"])
         .await?;
@@ -132,7 +132,7 @@ async fn updated(cluster: &Cluster) -> Result<()> {
 
     // A version of a version, of the disk as it is now, after the agent of the origin was killed.
     let (second, second_lun) = log_in(there, IMAGE, "web-3").await?;
-    write_blocks(&second, second_lun, 9, each(2)).await?;
+    write_blocks(&second, second_lun, &each(2), 9).await?;
     origin.kill()?;
     cluster.restart(origin).await?;
     let told = cluster.treeboot(&["publish", "web-3", "pattern@3"]).await?;
@@ -192,7 +192,7 @@ async fn refusals(cluster: &Cluster) -> Result<()> {
     import(cluster).await?;
     let (origin, here) = (&cluster.origin, &cluster.hosts[0]);
     let (session, lun) = log_in(here, IMAGE, "web-1").await?;
-    write_blocks(&session, lun, 3, each(0)).await?;
+    write_blocks(&session, lun, &each(0), 3).await?;
     refused(cluster, &["publish", "nobody"], 3, "treeboot vm list").await?;
     refused(cluster, &["publish", "web-1", "--snapshot", "never"], 3, "never").await?;
     refused(cluster, &["publish", "web-1", "--to", "h9"], 3, "h9").await?;

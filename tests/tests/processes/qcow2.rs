@@ -7,9 +7,9 @@ use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::daemon::Daemon;
 use treeboot_tests::image::Pattern;
 use treeboot_tests::need::{Need, require};
-use treeboot_tests::reader::log_in;
+use treeboot_tests::reader::{log_in, write_blocks};
 
-use crate::support::{Machine, refused, with_cluster, write_blocks};
+use crate::support::{Machine, refused, with_cluster};
 
 const IMAGE: &str = "pattern";
 const PATTERN: Pattern = Pattern {
@@ -87,10 +87,10 @@ async fn exported(cluster: &Cluster) -> Result<()> {
     import(cluster).await?;
     let here = &cluster.hosts[0];
     let (session, lun) = log_in(here, IMAGE, "web-1").await?;
-    let each = |first| (0..WRITTEN).map(move |n| first + n * STEP);
-    write_blocks(&session, lun, 5, each(0)).await?;
+    let each = |first| (0..WRITTEN).map(|n| first + n * STEP).collect::<Vec<_>>();
+    write_blocks(&session, lun, &each(0), 5).await?;
     // Zeroes where the image has bytes, and a run of them.
-    write_blocks(&session, lun, 0, each(3)).await?;
+    write_blocks(&session, lun, &each(3), 0).await?;
     unmap(&session, lun, 4096 * BLOCK, 2048 * BLOCK).await?;
     let mut expected = std::fs::read(cluster.path().join("pattern.raw"))?;
     for n in 0..WRITTEN {

@@ -14,7 +14,6 @@ const NEEDS: [Need; 2] = [Need::Root, Need::Program("qemu-system-x86_64", "qemu-
 const STRIDES: (u64, u64) = (24, 6);
 
 #[test]
-#[ignore = "takes long: cargo xtask soak steps"]
 fn a_verb_whose_agent_is_killed_at_any_step_leaves_nothing_and_is_finished_by_its_retry() -> Result<()> {
     if !require(&NEEDS) {
         return Ok(());

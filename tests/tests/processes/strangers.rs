@@ -571,7 +571,7 @@ fn a_token_lets_in_whom_it_is_for_once_and_in_time() -> Result<()> {
                 program: cluster.agent_path(),
                 args: ["--name", "n4", "--state"].map(Into::into).to_vec(),
                 address: std::net::Ipv4Addr::LOCALHOST.into(),
-                portal: true,
+                portal: Some(0),
                 namespace: None,
             },
         )?;

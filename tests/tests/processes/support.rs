@@ -6,7 +6,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use treeboot_iscsi::initiator::Session;
 use treeboot_tests::cluster::{Cluster, Plan};
 use treeboot_tests::wait::within;
 
@@ -66,20 +65,6 @@ where
         cluster.pass();
         Ok(())
     })
-}
-
-/// Fills blocks of a disk, of 4096 bytes, and flushes.
-pub(crate) async fn write_blocks(
-    session: &Session,
-    lun: u16,
-    fill: u8,
-    blocks: impl Iterator<Item = u64>,
-) -> Result<()> {
-    for block in blocks {
-        session.write(lun, block * 4096, vec![fill; 4096].into()).await?;
-    }
-    session.flush(lun).await?;
-    Ok(())
 }
 
 /// mount(8) with these arguments before the folder, which is made. What is mounted below a cluster's folder goes with it.

@@ -161,6 +161,10 @@ impl VmOwner {
 
     pub(super) async fn stop(&mut self, force: bool, reply: Reply<()>) {
         let Some(run) = &mut self.run else {
+            // An agent that was killed while it ended a QEMU left a run that seems to have failed.
+            if let Some(VmState::Failed { .. }) = self.shared.journal().desired().vms.get(&self.vm) {
+                self.note(VmState::Stopped).await;
+            }
             let _ = reply.send(Ok(()));
             return;
         };

@@ -390,8 +390,14 @@ impl KernelPlane {
                 within("sweeping", move || look::sweep(&sys, &leftover)).await
             }
             Step::DetachDevice { vm } => {
-                let device = Mapper::path(&DmDevice::Disk(vm.clone()));
-                stable::remove(vm, Some(&device))
+                let (sys, vm) = (Arc::clone(&self.sys), vm.clone());
+                within(format!("ending the device of VM '{vm}'"), move || {
+                    let device = DmDevice::Disk(vm.clone());
+                    // What is in use keeps its name.
+                    sys.unused(&device)?;
+                    stable::remove(&vm, Some(&Mapper::path(&device)))
+                })
+                .await
             }
             Step::AttachDevice { vm } => stable::set(vm, &Mapper::path(&DmDevice::Disk(vm.clone()))),
             Step::StopDisk { vm } => self.stop_disk(vm).await,

@@ -45,6 +45,17 @@ pub(super) struct Sys {
 }
 
 impl Sys {
+    /// Makes sure that nobody has a device open, nor mounted.
+    pub(super) fn unused(&self, device: &DmDevice) -> Result<(), PlaneError> {
+        match self.mapper.find(device).map_err(mapper_error)? {
+            Some(seen) if seen.open_count > 0 => {
+                let why = format!("it is in use on this host, open {} times", seen.open_count);
+                Err(used(device, why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The directory of a content's cache.
     pub(super) fn cache_dir(&self, digest: &Digest) -> PathBuf {
         self.settings.cache.join(digest.to_string())
@@ -104,7 +115,17 @@ pub(super) fn detach(file: &Path) -> Result<(), PlaneError> {
 }
 
 pub(super) fn mapper_error(error: MapperError) -> PlaneError {
-    failed("a device-mapper call", error)
+    match &error {
+        MapperError::InUse { device, .. } => used(device, error.to_string()),
+        _ => failed("a device-mapper call", error),
+    }
+}
+
+fn used(device: &DmDevice, why: String) -> PlaneError {
+    PlaneError::Unfit {
+        what: format!("the end of '{device}'"),
+        why: format!("{why}; unmount it, or close what has it open"),
+    }
 }
 
 pub(super) fn loop_error(error: LoopError) -> PlaneError {

@@ -2,6 +2,7 @@
 //!
 //! What takes longer is a group of its own, `plane-faults`, which `cargo xtask soak kernel` runs.
 
+mod agents;
 mod bad_input;
 mod caching;
 mod growing;
@@ -38,6 +39,9 @@ pub(crate) const GROUP: Group = Group {
         }),
         ("what_only_looks_like_ours_is_left_alone", || {
             case(strangers::are_left_alone())
+        }),
+        ("a_disk_of_the_agent_has_a_stable_name", || {
+            case(agents::a_disk_has_a_stable_name())
         }),
     ],
     helpers: &[],
