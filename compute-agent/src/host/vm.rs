@@ -353,7 +353,7 @@ impl VmOwner {
                 let _ = reply.send(Ok(()));
             }
         }
-        self.delete_disk(keep_base).await?;
+        self.delete_disk_unless_used(keep_base).await?;
         self.forget_run().await?;
         self.report.send_replace(VmReport::absent(self.vm.clone()));
         self.shared.board.changed.notify_one();

@@ -230,8 +230,11 @@ async fn in_use_and_without_holder(cluster: &Cluster) -> Result<()> {
     let at = cluster.path().join("mounted");
     std::fs::create_dir(&at)?;
     let place = [device.path().display().to_string(), at.display().to_string()];
-    aside("mount", place.to_vec()).await?;
-    let mounted = Mounted(at.clone());
+    let mount = async || -> Result<Mounted> {
+        aside("mount", place.to_vec()).await?;
+        Ok(Mounted(at.clone()))
+    };
+    let mounted = mount().await?;
     let destroy = || v1::DestroyRequest {
         vm: device.vm.clone(),
         instance_only: false,
@@ -241,6 +244,12 @@ async fn in_use_and_without_holder(cluster: &Cluster) -> Result<()> {
     ensure!(refused.message().contains("in use"), "{refused}");
     let text = "still here";
     std::fs::write(at.join("file"), text)?;
+    drop(mounted);
+    // What was refused is not done later, either.
+    host.kill()?;
+    cluster.restart(host).await?;
+    let mounted = mount().await?;
+    ensure!(std::fs::read_to_string(at.join("file"))? == text);
     drop(mounted);
 
     host.agent().await?.destroy(destroy()).await?;

@@ -7,7 +7,8 @@ use crate::apply::ReachError;
 use crate::desired::{Change, DiskState};
 use crate::host::base::{BaseMsg, Hold};
 use crate::host::{DiskOptions, HostError, chain};
-use crate::stack::{Content, Obstacle, WantedDisk};
+use crate::plane::PlaneError;
+use crate::stack::{Content, Obstacle, Step, WantedDisk};
 
 impl VmOwner {
     /// A disk for the VM, which has none: an empty one, or the one that `transfer` brought.
@@ -145,12 +146,49 @@ impl VmOwner {
         Ok(())
     }
 
+    /// As [`VmOwner::delete_disk`], for somebody who asks: a disk whose device is in use is refused, and stays the VM's after the agent's
+    /// next start, too.
+    pub(super) async fn delete_disk_unless_used(&mut self, keep_base: bool) -> Result<(), HostError> {
+        let before = self.shared.journal().desired();
+        let deleted = self.delete_disk(keep_base).await;
+        let there = before.disks.get(&self.vm).filter(|disk| !disk.doomed);
+        let (Err(refusal), Some(disk)) = (&deleted, there.cloned()) else {
+            return deleted;
+        };
+        if !is_in_use(refusal) {
+            return deleted;
+        }
+        let (vm, image) = (self.vm.clone(), disk.image.clone());
+        let was_pinned = before.images.get(&image).is_some_and(|state| state.pinned);
+        let unpinned = (keep_base && !was_pinned).then_some(Change::Pinned { image, pinned: false });
+        let changes = [Change::Disk { vm, disk }].into_iter().chain(unpinned);
+        self.shared.journal().commit(changes).await?;
+        if let Err(error) = self.reach_disk().await {
+            tracing::warn!(vm = %self.vm, error = %chain(&error), "what was taken down before the refusal does not come back yet");
+        }
+        deleted
+    }
+
     async fn release(&mut self, image: ImageId, keep: bool) {
         if let Some(content) = self.host.content(&image) {
             let released = BaseMsg::Released { image, keep };
             // Where the agent ends now, the next start gives the base up.
             let _ = self.host.base(content.digest).send(released).await;
         }
+    }
+}
+
+/// Whether somebody has the disk's device open.
+fn is_in_use(error: &HostError) -> bool {
+    let HostError::Reach { source, .. } = error else {
+        return false;
+    };
+    match source {
+        ReachError::Step {
+            step,
+            source: PlaneError::Unfit { .. },
+        } => matches!(**step, Step::DetachDevice { .. } | Step::StopDisk { .. }),
+        _ => false,
     }
 }
 

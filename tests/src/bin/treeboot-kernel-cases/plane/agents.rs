@@ -142,14 +142,15 @@ async fn device() -> Result<()> {
     )?;
     holds("web-2", &[]).await?;
     drop(open);
-    destroy(&cluster, "web-2").await??;
 
-    // The kernel goes on without the agent, and the next one finds what there is.
+    // The kernel goes on without the agent, and the next one finds what there is; what was refused is not done later.
     host.kill()?;
     write("web-1", 8, 2).await?;
     holds("web-1", &[(7, 1), (8, 2)]).await?;
     cluster.restart(host).await?;
     holds("web-1", &[(7, 1), (8, 2)]).await?;
+    holds("web-2", &[]).await?;
+    destroy(&cluster, "web-2").await??;
     let disk = create(&cluster, request("web-1", IMAGE)).await??;
     ensure!(Path::new(&disk.device) == link("web-1"), "{disk:?}");
     // A name that somebody took away is made again by whoever asks.
