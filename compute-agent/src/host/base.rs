@@ -16,7 +16,7 @@ use super::view::{Readiness, endpoint};
 use super::{HostError, Shared};
 use crate::desired::{Change, DiskState, Place};
 use crate::heed::{self, Ending, Heeded};
-use crate::link::LinkError;
+use crate::link::{LinkError, Unwanted};
 use crate::plane::PlaneFuture;
 use crate::stack::Content;
 
@@ -50,11 +50,7 @@ pub(super) enum BaseMsg {
     /// The coordinator's word.
     Placed(Box<Placement>),
     /// The coordinator wants it no more.
-    Unwanted {
-        image: ImageId,
-        epoch: Epoch,
-        reason: String,
-    },
+    Unwanted(Unwanted),
     /// The stream to the coordinator stands again.
     Connected,
     /// What is desired of this content changed elsewhere (the store).
@@ -215,7 +211,7 @@ impl BaseOwner {
                 let _ = reply.send(result);
             }
             BaseMsg::Placed(placement) => self.placed(&placement).await,
-            BaseMsg::Unwanted { image, epoch, reason } => self.unwanted(&image, epoch, &reason).await,
+            BaseMsg::Unwanted(unwanted) => self.unwanted(unwanted).await,
             BaseMsg::Connected => {
                 for image in std::mem::take(&mut self.unregistered) {
                     self.settle(&image, Duration::ZERO);
@@ -375,7 +371,7 @@ impl BaseOwner {
             // The next beat lists what is attached, so the coordinator learns of it anyway.
             tracing::warn!(%image, error = %super::chain(&error), "the coordinator was not told of the detachment");
         }
-        self.forget(image, keep_cache).await
+        self.forget(&image, keep_cache).await
     }
 
     async fn forget(&mut self, image: &ImageId, keep_cache: bool) -> Result<(), HostError> {
@@ -450,20 +446,26 @@ impl BaseOwner {
         }
     }
 
-    async fn unwanted(&mut self, image: &ImageId, epoch: Epoch, reason: &str) {
-        match heed::detach(&self.shared.journal().desired(), image, epoch) {
+    async fn unwanted(&mut self, unwanted: Unwanted) {
+        let Unwanted {
+            image,
+            epoch,
+            reason,
+            drop_cache,
+        } = unwanted;
+        match heed::detach(&self.shared.journal().desired(), &image, epoch) {
             Ending::Ends => {}
             Ending::Outdated => return,
             Ending::InUse(vm) => {
                 // Whoever removed the image by force learns it here.
                 tracing::warn!(%image, %vm, reason, "the coordinator wants the image detached, but VMs use it: it stays");
                 // Where only the place was lost, it gets another one.
-                self.rejoin(image).await;
+                self.rejoin(&image).await;
                 return;
             }
         }
         tracing::info!(%image, reason, "the coordinator wants the image detached");
-        if let Err(error) = self.forget(image, false).await {
+        if let Err(error) = self.forget(&image, !drop_cache).await {
             tracing::warn!(%image, error = %super::chain(&error), "detached, but not all of it is gone");
         }
     }

@@ -323,11 +323,11 @@ impl Host {
                     let digest = placement.image.digest;
                     let _ = self.base(digest).send(BaseMsg::Placed(placement)).await;
                 }
-                Some(LinkEvent::Detach { image, epoch, reason }) => {
-                    let Some(content) = self.content(&image) else {
+                Some(LinkEvent::Detach(unwanted)) => {
+                    let Some(content) = self.content(&unwanted.image) else {
                         continue;
                     };
-                    let message = BaseMsg::Unwanted { image, epoch, reason };
+                    let message = BaseMsg::Unwanted(unwanted);
                     let _ = self.base(content.digest).send(message).await;
                 }
             }

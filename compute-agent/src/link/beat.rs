@@ -17,7 +17,7 @@ use crate::identity::reason;
 use crate::keys::Keys;
 
 use super::talk::{Talk, state_digest};
-use super::{Identity, LinkEvent, Stream};
+use super::{Identity, LinkEvent, Stream, Unwanted};
 
 /// First and longest pause before the stream is tried again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -196,9 +196,13 @@ impl<V: HostView> Heart<V> {
                 Some(Push::SendState(_)) => {}
                 Some(Push::Detach(detach)) => match treeboot_proto::image_id(detach.image.as_ref()) {
                     Ok(image) => {
-                        let epoch = detach.epoch.map(Into::into).unwrap_or_default();
-                        let reason = detach.reason;
-                        self.tell(LinkEvent::Detach { image, epoch, reason }).await;
+                        let unwanted = Unwanted {
+                            image,
+                            epoch: detach.epoch.map(Into::into).unwrap_or_default(),
+                            reason: detach.reason,
+                            drop_cache: detach.drop_cache,
+                        };
+                        self.tell(LinkEvent::Detach(unwanted)).await;
                     }
                     Err(error) => tracing::warn!(%error, "a detach that cannot be used"),
                 },

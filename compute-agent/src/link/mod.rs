@@ -91,19 +91,25 @@ pub enum LinkEvent {
     /// A new place.
     Placed(Box<Placement>),
     /// An attachment is no longer wanted.
-    Detach {
-        /// Of which image.
-        image: ImageId,
-        /// When this was decided.
-        epoch: Epoch,
-        /// For people.
-        reason: String,
-    },
+    Detach(Unwanted),
     /// This agent is not let in, for good.
     Refused {
         /// For people.
         reason: String,
     },
+}
+
+/// The coordinator's wish that an attachment end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unwanted {
+    /// Of which image.
+    pub image: ImageId,
+    /// When this was decided.
+    pub epoch: Epoch,
+    /// For people.
+    pub reason: String,
+    /// What is cached of it is of no use any more, either.
+    pub drop_cache: bool,
 }
 
 /// The state of the heartbeat stream.

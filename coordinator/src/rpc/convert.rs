@@ -76,10 +76,11 @@ pub(super) fn push(push: &Push) -> v1::Push {
         Push::Ack { sequence } => Message::Ack(v1::Ack { sequence: *sequence }),
         Push::Placement(placement) => Message::Placement(placement.as_ref().into()),
         Push::SendState => Message::SendState(v1::SendState {}),
-        Push::Detach { image, epoch, reason } => Message::Detach(v1::Detach {
+        Push::Detach { image, epoch, why } => Message::Detach(v1::Detach {
             image: Some(image.into()),
             epoch: Some((*epoch).into()),
-            reason: reason.clone(),
+            reason: why.reason.clone(),
+            drop_cache: why.drop_cache,
         }),
         Push::Refused(refusal) => refused(refusal.to_string()),
     };

@@ -14,7 +14,7 @@ use super::place::At;
 use super::scope::Scope;
 use super::{
     Beat, Change, Effect, Forest, Grove, Host, HostRecord, HostState, Key, MAX_ATTACHMENTS, MAX_HOSTS, Note,
-    Push, Record, Refusal, Speaker, StreamId, bar, place,
+    Push, Record, Refusal, Speaker, StreamId, Unwanted, bar, place,
 };
 
 /// Complaints of one host that are kept for people to see; the oldest go.
@@ -249,7 +249,7 @@ impl Forest {
         let Some(grove) = self.images.get(&id) else {
             // One that was removed here is to go; one that the coordinator never had must go on being served.
             if self.hosts.get(name).is_some_and(|h| h.ended.contains_key(&id)) {
-                self.tell_detached(&id, name, "the image was removed", out);
+                self.tell_detached(&id, name, Unwanted::image_removed(), out);
             } else {
                 out.push(Effect::Note(Note::UnknownAttachment {
                     host: name.clone(),
@@ -268,7 +268,7 @@ impl Forest {
             return;
         }
         if grove.image.digest != theirs.digest {
-            self.tell_detached(&id, name, "the image of this name has another content now", out);
+            self.tell_detached(&id, name, Unwanted::other_content(), out);
             return;
         }
         let is_striped = grove.image.stripes > 1;
@@ -278,7 +278,7 @@ impl Forest {
             let ended = self.hosts.get(name).and_then(|h| h.ended.get(&id)).copied();
             match ended {
                 Some(ended) if theirs.epoch <= ended && !planted(Bug::RemovedComesBack) => {
-                    self.tell_detached(&id, name, "it was removed; join again if it is wanted", out);
+                    self.tell_detached(&id, name, Unwanted::place_removed(), out);
                 }
                 _ => self.take_over(name, theirs, out),
             }
@@ -320,7 +320,7 @@ impl Forest {
             out.push(Effect::Note(Note::Refused {
                 refusal: refusal.clone(),
             }));
-            self.tell_detached(&id, name, &refusal.to_string(), out);
+            self.tell_detached(&id, name, Unwanted::place(refusal.to_string()), out);
             return;
         }
         let adopted = self.adopt(name, &theirs, endpoint.clone());

@@ -12,7 +12,7 @@ use super::layer::Node;
 use super::scope::Scope;
 use super::{
     Answer, Call, Change, Effect, Forest, Grove, Key, MAX_ATTACHMENTS, MAX_IMAGES, Note, Place, Record,
-    Refusal, Speaker, Stripe, Told, bar, place,
+    Refusal, Speaker, Stripe, Told, Unwanted, bar, place,
 };
 
 /// Bytes of consecutive addresses that one stripe holds before the next one's turn: so few that a guest's read-ahead keeps
@@ -504,7 +504,7 @@ impl Forest {
             });
         };
         for host in &hosts {
-            self.tell_detached(&id, host, "the image was removed", out);
+            self.tell_detached(&id, host, Unwanted::image_removed(), out);
             let key = Key::Attachment(id.clone(), host.clone());
             out.push(Effect::Save(Change::Delete(key)));
             if let Some(host) = self.hosts.get_mut(host) {

@@ -158,11 +158,48 @@ pub enum Push {
         image: ImageId,
         /// When this was decided.
         epoch: Epoch,
-        /// For people.
-        reason: String,
+        /// Why.
+        why: Unwanted,
     },
     /// The host is not let in; the stream ends.
     Refused(Refusal),
+}
+
+/// Why an attachment is no longer wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unwanted {
+    /// For people.
+    pub reason: String,
+    /// Its content is of no use any more, so that what the host has cached of it goes, too.
+    pub drop_cache: bool,
+}
+
+impl Unwanted {
+    pub(super) fn image_removed() -> Self {
+        Self {
+            reason: "the image was removed".into(),
+            drop_cache: true,
+        }
+    }
+
+    pub(super) fn other_content() -> Self {
+        Self {
+            reason: "the image of this name has another content now".into(),
+            drop_cache: true,
+        }
+    }
+
+    /// The host may join again, and finds what it has cached.
+    pub(super) fn place(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            drop_cache: false,
+        }
+    }
+
+    pub(super) fn place_removed() -> Self {
+        Self::place("it was removed; join again if it is wanted")
+    }
 }
 
 /// What is to be done, in this order, and nothing sent before what was saved is durable.

@@ -42,7 +42,7 @@ use treeboot_types::{
 
 pub use census::{Census, ImageCensus};
 pub use event::{
-    Answer, Beat, Call, CallId, Effect, Event, HostState, Note, Push, Refusal, Speaker, StreamId,
+    Answer, Beat, Call, CallId, Effect, Event, HostState, Note, Push, Refusal, Speaker, StreamId, Unwanted,
 };
 pub use load::LoadError;
 pub use policy::{KAry, Policy, Role, Striped};
@@ -345,7 +345,7 @@ impl Forest {
             self.tell_detached(
                 &image,
                 &host,
-                "its lease ended: nobody registered or mentioned it",
+                Unwanted::place("its lease ended: nobody registered or mentioned it"),
                 out,
             );
             out.push(Effect::Note(Note::LeaseEnded { host, image }));
@@ -424,13 +424,13 @@ impl Forest {
         }
     }
 
-    fn tell_detached(&mut self, image: &ImageId, host: &HostName, reason: &str, out: &mut Vec<Effect>) {
+    fn tell_detached(&mut self, image: &ImageId, host: &HostName, why: Unwanted, out: &mut Vec<Effect>) {
         let epoch = self.epoch;
         if let Some(stream) = self.hosts.get(host).and_then(|h| h.stream) {
             let detach = Push::Detach {
                 image: image.clone(),
                 epoch,
-                reason: reason.into(),
+                why,
             };
             out.push(Effect::Push(stream, detach));
         }

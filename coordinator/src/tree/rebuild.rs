@@ -10,7 +10,7 @@ use super::graft::{Claim, Claims};
 use super::place::{Around, Parents};
 use super::{
     AttachState, Call, CallId, Effect, Forest, Grove, MAX_HOSTS, Note, Place, Refusal, Settings, Stripe,
-    Told, bar,
+    Told, Unwanted, bar,
 };
 
 /// A window without placements.
@@ -107,7 +107,7 @@ impl Forest {
             match self.check_claim(image, &host, &theirs, &entitled) {
                 Ok(Some(endpoint)) => entitled.push((host, theirs, endpoint)),
                 Ok(None) => {}
-                Err(reason) => self.tell_detached(image, &host, &reason, out),
+                Err(why) => self.tell_detached(image, &host, why, out),
             }
         }
         if entitled.is_empty() {
@@ -154,15 +154,15 @@ impl Forest {
         host: &HostName,
         theirs: &Attachment,
         others: &[(HostName, Attachment, Endpoint)],
-    ) -> Result<Option<Endpoint>, String> {
+    ) -> Result<Option<Endpoint>, Unwanted> {
         let (Some(grove), Some(known)) = (self.images.get(image), self.hosts.get(host)) else {
             return Ok(None);
         };
         if grove.image.digest != theirs.digest {
-            return Err("the image of this name has another content now".into());
+            return Err(Unwanted::other_content());
         }
         if known.ended.get(image).is_some_and(|ended| theirs.epoch <= *ended) {
-            return Err("it was removed; join again if it is wanted".into());
+            return Err(Unwanted::place_removed());
         }
         let Some(endpoint) = theirs.endpoint.clone().filter(|_| !grove.is_origin(host)) else {
             return Ok(None);
@@ -174,7 +174,7 @@ impl Forest {
                 image: image.clone(),
                 holder: format!("host '{holder}'"),
             };
-            return Err(refusal.to_string());
+            return Err(Unwanted::place(refusal.to_string()));
         }
         Ok(Some(endpoint))
     }

@@ -56,6 +56,10 @@ fn an_image_in_use_is_not_removed_but_by_force_and_then_hosts_are_told() {
     assert!(refusal.to_string().contains("such as a"), "{refusal}");
     world.call(remove(true)).unwrap();
     assert_eq!(world.agents["a"].detached.len(), 1);
+    assert!(
+        world.agents["a"].detached[0].1.drop_cache,
+        "nobody has it any more"
+    );
     let left: Vec<&Key> = world.record.keys().collect();
     let newest = Key::Newest(image_id().name);
     assert_eq!(left, [&Key::Epoch, &newest, &Key::Host(name("a"))]);

@@ -84,6 +84,7 @@ fn a_failed_deploy_frees_its_pending_slot() {
     world.pass(PENDING_MS, &["a"]);
     assert_eq!(world.forest.tree(&image_ref()).unwrap().vertices.len(), 1);
     assert_eq!(world.agents["a"].detached.len(), 1, "and it is told so");
+    assert!(!world.agents["a"].detached[0].1.drop_cache, "it may come back");
     assert!(world.notes.iter().any(|n| matches!(n, Note::LeaseEnded { .. })));
     assert_eq!(world.join("a").unwrap().stripes[0].depth, 1);
 }

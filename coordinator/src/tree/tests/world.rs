@@ -10,7 +10,7 @@ use treeboot_types::{
 
 use crate::tree::{
     Answer, AttachmentRecord, Beat, Call, CallId, Change, Effect, Event, Forest, HeldOf, HostState, KAry,
-    Key, Note, Policy, Push, Record, Refusal, Settings, Speaker, StreamId, Striped, VertexView,
+    Key, Note, Policy, Push, Record, Refusal, Settings, Speaker, StreamId, Striped, Unwanted, VertexView,
 };
 
 pub(super) const BEAT_MS: u64 = 1_000;
@@ -95,7 +95,7 @@ pub(super) struct Agent {
     pub(super) stream: Option<StreamId>,
     pub(super) placements: BTreeMap<ImageId, Placement>,
     pub(super) states: BTreeMap<ImageId, AttachState>,
-    pub(super) detached: Vec<(ImageId, String)>,
+    pub(super) detached: Vec<(ImageId, Unwanted)>,
     pub(super) asked_for_state: usize,
     pub(super) refused: Option<Refusal>,
     pub(super) pushed: usize,
@@ -210,10 +210,10 @@ impl World {
                 self.order.push(self.by_stream[&stream].clone());
                 agent.take(*placement);
             }
-            Push::Detach { image, reason, .. } => {
+            Push::Detach { image, why, .. } => {
                 agent.placements.remove(&image);
                 agent.states.remove(&image);
-                agent.detached.push((image, reason));
+                agent.detached.push((image, why));
             }
             Push::SendState => agent.asked_for_state += 1,
             Push::Refused(refusal) => agent.refused = Some(refusal),

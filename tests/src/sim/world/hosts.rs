@@ -247,8 +247,8 @@ impl World {
                 }
             }
             Push::SendState => self.beat(host, true),
-            Push::Detach { epoch, reason, .. } => {
-                self.say(|_| format!("h{host}: told to detach by {epoch}: {reason}"));
+            Push::Detach { epoch, why, .. } => {
+                self.say(|_| format!("h{host}: told to detach by {epoch}: {}", why.reason));
                 let before = self.hosts[host].epoch();
                 self.tell(host, Message::Unwanted(epoch));
                 if let Some(before) = before.filter(|before| *before > epoch)
