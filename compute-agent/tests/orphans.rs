@@ -413,8 +413,7 @@ async fn a_delta_that_another_process_has_open_stays() {
     let path = rig.deltas().join("open.delta");
     let open = Delta::create(&path, META, boot()).unwrap();
     rig.renew(&path);
-    rig.doctor(false, SHORT).await;
-    tokio::time::sleep(SHORT).await;
+    rig.outlast().await;
     let (found, failures) = rig.doctor(true, SHORT).await;
     assert_eq!(orphans(&found), ["delta open"]);
     assert!(

@@ -67,6 +67,24 @@ impl Default for Plan {
     }
 }
 
+impl Plan {
+    /// A host that is silent for so long is given up; it says twice a second that it lives.
+    #[must_use]
+    pub fn with_leases(mut self, lease: Duration) -> Self {
+        let lease_ms = lease.as_millis().to_string();
+        let words = [
+            "--beat-ms",
+            "500",
+            "--lease-ms",
+            &lease_ms,
+            "--pending-lease-ms",
+            &lease_ms,
+        ];
+        self.coordinator_args.extend(words.map(Into::into));
+        self
+    }
+}
+
 /// The processes. All end when it is dropped.
 #[derive(Debug)]
 pub struct Cluster {

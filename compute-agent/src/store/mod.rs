@@ -15,7 +15,9 @@ use treeboot_types::ImageId;
 pub(crate) use import::data_bytes;
 pub use import::{BaseImage, ImportHeader, ImportPart, SentPart, Written, write};
 pub use manifest::Manifest;
-pub(crate) use shared::{flatten, open, shares};
+#[cfg(any(test, feature = "kernel-plane"))]
+pub(crate) use shared::shares;
+pub(crate) use shared::{flatten, open};
 
 /// What a store directory holds besides the cache's files.
 pub(crate) const MANIFEST: &str = "image.json";

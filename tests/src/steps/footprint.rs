@@ -10,6 +10,7 @@ use crate::daemon::Daemon;
 use crate::measure::newest;
 use anyhow::Result;
 use treeboot_proto::v1;
+use treeboot_types::PlaneKind;
 
 /// Files of the agent itself, which verbs neither make nor take away.
 const OWN: [&str; 4] = ["journal", "journal.new", "journal.forgot", "orphans.json"];
@@ -21,13 +22,16 @@ const PASSING: [&str; 3] = [" doctor: ", " (deleted)", " state: probe."];
 pub(super) type Footprint = BTreeMap<String, usize>;
 
 /// What is there at this moment. `mark` is a part of names by which this test's devices are known.
-pub(super) async fn take(cluster: &Cluster, mark: &str) -> Result<Footprint> {
+pub(super) async fn take(cluster: &Cluster, plane: PlaneKind, mark: &str) -> Result<Footprint> {
     let mut lines = Vec::new();
     for agent in cluster.agents() {
         of_host(agent, &mut lines).await?;
     }
     of_coordinator(cluster, &mut lines).await?;
     of_machine(cluster, mark, &mut lines);
+    if plane == PlaneKind::Kernel {
+        of_kernel(&mut lines);
+    }
     let mut footprint = Footprint::new();
     for line in lines {
         *footprint.entry(line).or_default() += 1;
@@ -204,6 +208,40 @@ fn of_machine(cluster: &Cluster, mark: &str, lines: &mut Vec<String>) {
     for pid in cluster.scratch().processes() {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         lines.push(format!("process {}", name.trim()));
+    }
+}
+
+/// What the kernel plane has of its kernel, which is a guest's and nobody else's: devices by name, caches, sessions and targets.
+fn of_kernel(lines: &mut Vec<String>) {
+    let entries = |folder: &str| {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    for (folder, attribute, what) in [
+        ("/sys/block", "dm/name", "device"),
+        ("/sys/block", "bcache/backing_dev_uuid", "bcache"),
+        ("/sys/class/iscsi_session", "targetname", "session with"),
+    ] {
+        for entry in entries(folder) {
+            if let Ok(name) = fs::read_to_string(entry.join(attribute)) {
+                // A number is the device's own.
+                let name = if what == "bcache" { "" } else { name.trim() };
+                lines.push(format!("{what} {name}"));
+            }
+        }
+    }
+    for target in entries("/sys/kernel/config/target/iscsi") {
+        let name = target.file_name().unwrap_or_default().display().to_string();
+        if name.starts_with("iqn.") {
+            lines.push(format!("target {name}"));
+        }
+    }
+    for adapter in entries("/sys/kernel/config/target/core") {
+        let stores = entries(&adapter.display().to_string());
+        for store in stores.iter().filter(|store| store.join("udev_path").exists()) {
+            let name = store.file_name().unwrap_or_default().display().to_string();
+            lines.push(format!("backstore {name}"));
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use tonic::Code;
+use treeboot_types::PlaneKind;
 
 use self::footprint::{Footprint, differences, take, wrong};
 use self::verbs::{PATTERN, World};
@@ -33,8 +34,15 @@ const STEPS: &str = "TREEBOOT_STEPS";
 const SEED: u64 = 1;
 /// For what takes milliseconds on a machine that does nothing else.
 const SOON: Duration = Duration::from_secs(60);
-/// What goes on after a call was answered has ended when nothing changed for so long.
-const STILL: Duration = Duration::from_millis(600);
+
+/// What goes on after a call was answered has ended when nothing changed for so long. A base of the kernel plane goes over to the cache
+/// when a parent is up.
+fn still_after(plane: PlaneKind) -> Duration {
+    match plane {
+        PlaneKind::User => Duration::from_millis(600),
+        PlaneKind::Kernel => Duration::from_secs(3),
+    }
+}
 
 /// The verbs of the user plane, each with those who may die in it.
 pub const USER_PLANE: &[(Verb, Role)] = &[
@@ -63,6 +71,18 @@ pub const USER_PLANE: &[(Verb, Role)] = &[
     (Verb::Publish, Role::Here),
     (Verb::Publish, Role::Origin),
     (Verb::Flatten, Role::Origin),
+];
+
+/// The verbs of the kernel plane; what it does not have, it refuses (docs/verbs.md).
+pub const KERNEL_PLANE: &[(Verb, Role)] = &[
+    (Verb::Create, Role::Here),
+    (Verb::Destroy, Role::Here),
+    (Verb::CreateDevice, Role::Here),
+    (Verb::DestroyDevice, Role::Here),
+    (Verb::CreateMany, Role::Here),
+    (Verb::DestroyInstanceOnly, Role::Here),
+    (Verb::Attach, Role::Here),
+    (Verb::Detach, Role::Here),
 ];
 
 /// At which moments agents are killed.
@@ -115,27 +135,22 @@ impl Choice {
     }
 }
 
-/// A coordinator, an origin and two hosts, whose agents can be doomed.
+/// A coordinator, an origin and hosts of a plane, whose agents can be doomed: two, or one that has the kernel.
 ///
 /// # Errors
 /// As [`Cluster::start`].
-pub async fn cluster(label: &str) -> Result<Cluster> {
+pub async fn cluster(label: &str, plane: PlaneKind) -> Result<Cluster> {
     let plan = Plan {
-        hosts: 2,
+        hosts: match plane {
+            PlaneKind::User => 2,
+            PlaneKind::Kernel => 1,
+        },
+        kernel_plane: plane == PlaneKind::Kernel,
         agent_program: Some("treeboot-doomed-agent"),
-        // A place that nobody gave back, because its host died, is given up within seconds.
-        coordinator_args: [
-            "--beat-ms",
-            "500",
-            "--lease-ms",
-            "3000",
-            "--pending-lease-ms",
-            "3000",
-        ]
-        .map(Into::into)
-        .to_vec(),
         ..Plan::default()
     };
+    // A place that nobody gave back, because its host died, is given up within seconds.
+    let plan = plan.with_leases(Duration::from_secs(3));
     let cluster = Cluster::prepare(label, &plan)?;
     for agent in cluster.agents() {
         agent.set_env(DOOM, &agent.folder().display().to_string());
@@ -215,12 +230,12 @@ struct Trial<'a> {
 async fn still(world: &World<'_>) -> Result<Footprint> {
     let last = parking_lot::Mutex::new((Footprint::new(), Instant::now()));
     let settled = wait_until(SOON, "that nothing changes any more", async || {
-        let now = take(world.cluster, &world.vm).await?;
+        let now = take(world.cluster, world.plane, &world.vm).await?;
         let mut last = last.lock();
         if last.0 != now {
             *last = (now, Instant::now());
         }
-        let still = last.1.elapsed() >= STILL && wrong(&last.0).is_empty();
+        let still = last.1.elapsed() >= still_after(world.plane) && wrong(&last.0).is_empty();
         Ok(still.then(|| last.0.clone()))
     });
     settled
@@ -236,7 +251,7 @@ async fn expect(world: &World<'_>, what: &str, expected: &Footprint) -> Result<(
             return Ok(None);
         }
         // An agent that dies at this moment does not answer.
-        let Ok(now) = take(world.cluster, &world.vm).await else {
+        let Ok(now) = take(world.cluster, world.plane, &world.vm).await else {
             return Ok(None);
         };
         let differ = differences(expected, &now);
@@ -343,9 +358,14 @@ impl Trial<'_> {
 ///
 /// # Errors
 /// Something was left, a call did not succeed again, or bytes are others; the error says after which moment.
-pub async fn verb_by_verb(cluster: &Cluster, verbs: &[(Verb, Role)], choice: &Choice) -> Result<Sum> {
+pub async fn verb_by_verb(
+    cluster: &Cluster,
+    plane: PlaneKind,
+    verbs: &[(Verb, Role)],
+    choice: &Choice,
+) -> Result<Sum> {
     println!("steps: TREEBOOT_SEED={}", choice.seed);
-    let world = || World::new(cluster);
+    let world = || World::new(cluster, plane);
     PATTERN.write(&world().file())?;
     cluster.import(&world().file(), verbs::IMAGE).await?;
     // What is made once and kept, such as the cache.

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use tonic::{Code, Status};
 use treeboot_proto::v1;
 use treeboot_proto::v1::agent_client::AgentClient;
+use treeboot_types::PlaneKind;
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -78,6 +79,7 @@ use Role::{Here, Origin, There};
 /// The agents, and names that no other test on this machine has.
 pub(super) struct World<'a> {
     pub(super) cluster: &'a Cluster,
+    pub(super) plane: PlaneKind,
     pub(super) vm: String,
 }
 
@@ -103,9 +105,10 @@ fn version(version: u32) -> Option<v1::ImageId> {
 }
 
 impl<'a> World<'a> {
-    pub(super) fn new(cluster: &'a Cluster) -> Self {
+    pub(super) fn new(cluster: &'a Cluster, plane: PlaneKind) -> Self {
         Self {
             cluster,
+            plane,
             vm: format!("s{}", std::process::id()),
         }
     }
@@ -168,7 +171,8 @@ impl<'a> World<'a> {
                 Err(status) => {
                     let again = matches!(
                         status.code(),
-                        Code::Unavailable | Code::FailedPrecondition | Code::Unknown
+                        // Cancelled: a connection that broke with the agent.
+                        Code::Unavailable | Code::FailedPrecondition | Code::Unknown | Code::Cancelled
                     );
                     ensure!(again, "{what}: {status}");
                     *words.lock() = Some(status);
@@ -183,8 +187,7 @@ impl<'a> World<'a> {
     pub(super) async fn reset(&self) -> Result<()> {
         let mut names = self.many();
         names.extend([self.vm.clone(), self.copy()]);
-        for role in [Here, There] {
-            let agent = self.agent(role);
+        for agent in &self.cluster.hosts {
             self.insist("the VMs to be gone", &[], async || {
                 let mut client = agent.agent().await.map_err(status)?;
                 let listed = client.list(v1::ListRequest {}).await?.into_inner();
@@ -246,8 +249,24 @@ impl<'a> World<'a> {
     }
 
     async fn write(&self, vm: &str, (blocks, fill): Written) -> Result<()> {
+        if self.plane == PlaneKind::Kernel {
+            return write_device(self.device(vm).await?, (blocks, fill)).await;
+        }
         let (session, lun) = log_in(self.agent(Here), IMAGE, vm).await?;
         write_blocks(&session, lun, blocks, fill).await
+    }
+
+    /// Where a disk of the kernel plane is; it is made where there is none.
+    async fn device(&self, vm: &str) -> Result<PathBuf> {
+        let request = v1::CreateRequest {
+            vm: vm.to_owned(),
+            image: version(1),
+            device: false,
+            limit_bytes: None,
+        };
+        let created = self.agent(Here).agent().await?.create(request).await?;
+        let disk = created.into_inner().disk.context("an answer without the disk")?;
+        Ok(disk.device.into())
     }
 
     /// As [`World::write`], and then a snapshot.
@@ -276,6 +295,9 @@ impl<'a> World<'a> {
             | Verb::Start
             | Verb::Attach
             | Verb::Import => Ok(()),
+            Verb::Destroy | Verb::DestroyInstanceOnly if self.plane == PlaneKind::Kernel => {
+                self.write(&self.vm, FIRST).await
+            }
             Verb::Destroy | Verb::DestroyInstanceOnly | Verb::Migrate | Verb::RollBack => {
                 self.write_and_freeze(FIRST, "first").await?;
                 self.write(&self.vm, LATER).await
@@ -431,15 +453,8 @@ impl<'a> World<'a> {
             }
             Verb::CreateDevice => {
                 let path = PathBuf::from("/dev/treeboot").join(vm);
-                let write = move || {
-                    let device = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
-                    for block in FIRST.0 {
-                        device.write_all_at(&[FIRST.1; BLOCK_BYTES], block * BLOCK)?;
-                    }
-                    device.sync_all()?;
-                    check_file(&device, &blocks_of(&[FIRST]))
-                };
-                tokio::task::spawn_blocking(write).await?
+                write_device(path.clone(), FIRST).await?;
+                check_device(path, blocks_of(&[FIRST])).await
             }
             Verb::Snapshot | Verb::Limit | Verb::RollBack => self.holds(Here, vm, &[FIRST]).await,
             Verb::DeleteSnapshot => {
@@ -485,6 +500,9 @@ impl<'a> World<'a> {
 
     async fn holds(&self, role: Role, vm: &str, written: &[Written]) -> Result<()> {
         let blocks = blocks_of(written);
+        if self.plane == PlaneKind::Kernel {
+            return check_device(self.device(vm).await?, blocks).await;
+        }
         let (session, lun) = log_in(self.agent(role), IMAGE, vm).await?;
         let read = check_blocks(&session, lun, PATTERN, &blocks).await;
         read.with_context(|| format!("{vm} on {}", self.agent(role).name()))
@@ -498,10 +516,24 @@ fn blocks_of(written: &[Written]) -> Blocks {
     each.collect()
 }
 
-fn check_file(file: &File, blocks: &Blocks) -> Result<()> {
-    let mut bytes = vec![0; usize::try_from(PATTERN.bytes)?];
-    file.read_exact_at(&mut bytes, 0)?;
-    check_read(0, &bytes, PATTERN, blocks)
+async fn write_device(path: PathBuf, (blocks, fill): Written) -> Result<()> {
+    let write = move || {
+        let device = File::options().write(true).open(path)?;
+        for block in blocks {
+            device.write_all_at(&[fill; BLOCK_BYTES], block * BLOCK)?;
+        }
+        Ok(device.sync_all()?)
+    };
+    tokio::task::spawn_blocking(write).await?
+}
+
+async fn check_device(path: PathBuf, blocks: Blocks) -> Result<()> {
+    let check = move || {
+        let mut bytes = vec![0; usize::try_from(PATTERN.bytes)?];
+        File::open(path)?.read_exact_at(&mut bytes, 0)?;
+        check_read(0, &bytes, PATTERN, &blocks)
+    };
+    tokio::task::spawn_blocking(check).await?
 }
 
 impl Verb {

@@ -12,6 +12,7 @@ use treeboot_tests::binaries::{BIN_DIR, Binaries};
 use treeboot_tests::need::{Need, require};
 use treeboot_tests::network::Network;
 use treeboot_tests::scratch::Scratch;
+use treeboot_tests::steps::KERNEL_PLANE;
 use treeboot_tests::uml::{self, DISK_MOUNT, Guest, GuestSpec};
 
 /// For a group as a whole; on an idle machine the longest, plane, takes three minutes.
@@ -120,7 +121,8 @@ fn group_within(group: &'static str, limit: Duration, environment: &str) -> Resu
         anyhow::Ok(guest.end(limit).await)
     })?;
     let cases = cases(&ended.output);
-    for line in ended.output.lines().filter(|line| line.ends_with(" faults")) {
+    let is_count = |line: &&str| line.ends_with(" faults") || line.contains(" kills, ");
+    for line in ended.output.lines().filter(is_count) {
         println!("{group}: {line}");
     }
     for case in &cases {
@@ -180,6 +182,22 @@ fn plane() -> Result<()> {
 #[test]
 fn plane_cache() -> Result<()> {
     group("plane-cache")
+}
+
+#[test]
+fn plane_steps() -> Result<()> {
+    group("plane-steps")
+}
+
+/// All moments of each verb, each verb in a guest of its own.
+#[test]
+#[ignore = "takes long: cargo xtask soak kernel"]
+fn plane_steps_whole() -> Result<()> {
+    for (verb, _) in KERNEL_PLANE {
+        let environment = format!("TREEBOOT_CASE_SECONDS=1800 TREEBOOT_STEPS={verb:?}");
+        group_within("plane-steps", Duration::from_secs(1900), &environment)?;
+    }
+    Ok(())
 }
 
 /// Each step of building and removing, failed and cut off, and kills: an hour on a busy machine. Each case has half of it at most.

@@ -50,20 +50,11 @@ fn a_clock_that_jumps_by_years_moves_nobody_and_ends_no_lease() -> Result<()> {
         return Ok(());
     }
     on_own_thread(Machine::Shared, async move || {
-        let lease_ms = LEASE.as_millis().to_string();
-        let args = [
-            "--beat-ms",
-            "500",
-            "--lease-ms",
-            &lease_ms,
-            "--pending-lease-ms",
-            &lease_ms,
-        ];
         let plan = Plan {
             hosts: 3,
-            coordinator_args: args.map(Into::into).to_vec(),
             ..Plan::default()
         };
+        let plan = plan.with_leases(LEASE);
         let cluster = Cluster::prepare("clock", &plan)?;
         let clock = cluster.path().join("clock");
         set(&clock, "+0")?;

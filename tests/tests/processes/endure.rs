@@ -38,7 +38,7 @@ const SOON: Duration = Duration::from_secs(60);
 /// Who did nothing for so long stands still.
 const STILL: Duration = Duration::from_secs(1);
 /// How long a host that says nothing keeps its place: short, so that a loss for good is one soon.
-const LEASE_MS: &str = "3000";
+const LEASE: Duration = Duration::from_secs(3);
 /// Of one round, under emulation and with everything else at work; it takes 0.1 to 4 s.
 const ROUND_LIMIT: Duration = Duration::from_secs(8);
 const WRITER_NEEDS: [Need; 5] = [
@@ -356,21 +356,13 @@ fn holds_a_connection(pid: Pid) -> bool {
 }
 
 fn plan(namespaces: bool) -> Plan {
-    let short = [
-        "--beat-ms",
-        "500",
-        "--lease-ms",
-        LEASE_MS,
-        "--pending-lease-ms",
-        LEASE_MS,
-    ];
-    Plan {
+    let plan = Plan {
         hosts: 2,
         fan_out: Some(1),
-        coordinator_args: short.map(Into::into).to_vec(),
         namespaces,
         ..Plan::default()
-    }
+    };
+    plan.with_leases(LEASE)
 }
 
 /// The cluster, its image and both hosts' places in the tree.

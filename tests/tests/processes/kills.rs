@@ -222,18 +222,9 @@ fn killed_at(label: &'static str, limit: Option<u32>, every: bool) -> Result<()>
         let plan = Plan {
             hosts: 4,
             coordinator_program: Some("treeboot-doomed-coordinator"),
-            coordinator_args: [
-                "--beat-ms",
-                "500",
-                "--lease-ms",
-                "3000",
-                "--pending-lease-ms",
-                "3000",
-            ]
-            .map(Into::into)
-            .to_vec(),
             ..Plan::default()
         };
+        let plan = plan.with_leases(Duration::from_secs(3));
         let cluster = Cluster::start(label, &plan).await?;
         let file = cluster.path().join("base.raw");
         PATTERN.write(&file)?;

@@ -439,15 +439,19 @@ fn a_guest_that_shuts_down_for_a_move_when_its_agent_dies_runs_again() -> Result
             let order = guest::order_with_jobs("web-1", "busybox", &["slow_end=3"]);
             fleet::boot(here, &order).await?;
             let relay = Relay::start(there.bound()?.rpc).await?;
-            let moving = begin(here, "web-1", there, &relay).await?;
-            wait_until(order.limit, "the guest to go down", async || {
-                let vm = fleet::describe(here, "web-1").await?;
-                Ok(guest::console(&vm)?.contains(" going down").then_some(()))
-            })
-            .await?;
-            here.kill()?;
-            ensure!(end(moving).await.is_err(), "its host is gone");
-            cluster.restart(here).await?;
+            let die_in_its_shutdown = async || -> Result<()> {
+                let moving = begin(here, "web-1", there, &relay).await?;
+                wait_until(order.limit, "the guest to go down", async || {
+                    let vm = fleet::describe(here, "web-1").await?;
+                    Ok(guest::console(&vm)?.contains(" going down").then_some(()))
+                })
+                .await?;
+                here.kill()?;
+                ensure!(end(moving).await.is_err(), "its host is gone");
+                cluster.restart(here).await?;
+                Ok(())
+            };
+            die_in_its_shutdown().await?;
             let again = async || {
                 let vm = fleet::describe(here, "web-1").await?;
                 let again = vm.state() == v1::VmState::Ready && guest::console(&vm)?.contains(" boot 2, ");
@@ -460,15 +464,7 @@ fn a_guest_that_shuts_down_for_a_move_when_its_agent_dies_runs_again() -> Result
             );
 
             // Who stops a VM wants it to be stopped, whatever was to follow.
-            let moving = begin(here, "web-1", there, &relay).await?;
-            wait_until(order.limit, "the guest to go down again", async || {
-                let vm = fleet::describe(here, "web-1").await?;
-                Ok(guest::console(&vm)?.contains(" going down").then_some(()))
-            })
-            .await?;
-            here.kill()?;
-            ensure!(end(moving).await.is_err(), "its host is gone");
-            cluster.restart(here).await?;
+            die_in_its_shutdown().await?;
             cluster.wait_known().await?;
             cluster.treeboot(&["vm", "stop", "web-1"]).await?;
             let vm = fleet::describe(here, "web-1").await?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use treeboot_tests::need::{Need, require};
 use treeboot_tests::steps::{self, Choice, USER_PLANE};
+use treeboot_types::PlaneKind;
 
 use crate::support::{Machine, on_own_thread_within};
 
@@ -21,8 +22,8 @@ fn a_verb_whose_agent_is_killed_at_any_step_leaves_nothing_and_is_finished_by_it
     let choice = Choice::of_environment(STRIDES.0, STRIDES.1);
     let limit = Duration::from_secs(if choice.whole.is_some() { 7200 } else { 400 });
     on_own_thread_within(limit, Machine::Shared, async move || {
-        let cluster = steps::cluster("steps").await?;
-        let sum = steps::verb_by_verb(&cluster, USER_PLANE, &choice).await?;
+        let cluster = steps::cluster("steps", PlaneKind::User).await?;
+        let sum = steps::verb_by_verb(&cluster, PlaneKind::User, USER_PLANE, &choice).await?;
         ensure!(sum.kills > 0, "nobody was killed");
         cluster.pass();
         Ok(())

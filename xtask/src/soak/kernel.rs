@@ -1,5 +1,6 @@
 //! `cargo xtask soak kernel`: the kernel plane's stack with each step of building and removing failed and cut off, agents killed, cache
-//! devices that fail, in a user-mode Linux guest. It needs root and the packages of `cargo xtask lab`.
+//! devices that fail, and the real agent killed at each moment of each verb, in user-mode Linux guests. It needs root and the packages of
+//! `cargo xtask lab`.
 
 use std::path::Path;
 
@@ -29,9 +30,15 @@ pub(super) fn run(logs: &Path) -> Result<Outcome> {
     ]);
     let log = log_of(logs, super::KERNEL);
     let (well, took, text) = logged(&mut cargo, &log)?;
-    let cases = text
-        .lines()
-        .filter(|line| line.ends_with(" ok") && line.starts_with("plane-faults: "));
+    let ours = |line: &&str| {
+        ["plane-faults: ", "plane-steps: "]
+            .iter()
+            .any(|group| line.starts_with(group))
+    };
+    for line in text.lines().filter(ours).filter(|line| line.contains(" kills, ")) {
+        println!("{line}");
+    }
+    let cases = text.lines().filter(ours).filter(|line| line.ends_with(" ok"));
     let skipped = text.contains("SKIPPED");
     Ok(Outcome {
         name: super::KERNEL,

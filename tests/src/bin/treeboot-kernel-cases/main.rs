@@ -48,6 +48,7 @@ const GROUPS: &[Group] = &[
     iscsi::GROUP,
     plane::GROUP,
     plane::CACHING,
+    plane::STEPS,
     plane::FAULTS,
     measure::GROUP,
 ];

@@ -11,6 +11,7 @@ mod paths;
 mod reading;
 mod rig;
 mod sectors;
+mod steps;
 mod strangers;
 
 use std::future::Future;
@@ -75,6 +76,17 @@ pub(crate) const CACHING: Group = Group {
         }),
     ],
     helpers: &[("open", bad_input::open)],
+    sweep: super::devices::sweep,
+};
+
+/// The real agent, killed by -9 right before and right after a step or a change of its journal.
+pub(crate) const STEPS: Group = Group {
+    name: "plane-steps",
+    cases: &[(
+        "a_verb_whose_agent_is_killed_at_any_step_leaves_nothing_and_is_finished_by_its_retry",
+        || case(steps::killed_at_any()),
+    )],
+    helpers: &[],
     sweep: super::devices::sweep,
 };
 
