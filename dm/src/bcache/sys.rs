@@ -113,12 +113,16 @@ impl Bcache {
         }
     }
 
-    /// Registers a device by its superblock; nothing is done where it is registered.
+    /// Registers a device by its superblock; nothing is done where it is registered and runs. A backing device that is registered and does
+    /// not run is stopped and registered again: its set was away, or whoever registered it was killed meanwhile, whereupon the kernel starts
+    /// none of the threads that it needs (`kthread_create`, which a fatal signal ends) and leaves it like that.
     ///
     /// # Errors
     /// [`BcacheError::File`] with the kernel's reason.
     pub fn register(&self, number: DeviceNumber, node: &Path) -> Result<(), BcacheError> {
-        if self.folder(number).exists() {
+        if self.does_not_run(number)? {
+            self.stop(number)?;
+        } else if self.folder(number).exists() {
             return Ok(());
         }
         self.write(
@@ -191,22 +195,27 @@ impl Bcache {
         })
     }
 
-    /// Stops a backing device; what is cached of it is kept for when it is registered again. Nothing is done where it is not
-    /// registered.
+    /// Whether a backing device is registered without a device over it. A cache device has no file to stop it by.
+    fn does_not_run(&self, below: DeviceNumber) -> Result<bool, BcacheError> {
+        Ok(self.folder(below).join("stop").exists() && self.backing(below)?.is_none())
+    }
+
+    /// Stops a backing device, also one that does not run; what is cached of it is kept for when it is registered again. Nothing is done
+    /// where it is not registered.
     ///
     /// # Errors
     /// [`BcacheError::InUse`]: the kernel would stop it all the same, and fail what is over it.
     pub fn stop(&self, below: DeviceNumber) -> Result<(), BcacheError> {
         let folder = self.folder(below);
-        let Some(backing) = self.backing(below)? else {
-            return Ok(());
-        };
-        let holders = holders(&self.sys, backing.number);
-        if !holders.is_empty() {
-            return Err(BcacheError::InUse {
-                number: backing.number,
-                holders,
-            });
+        match self.backing(below)? {
+            Some(Backing { number, .. }) => {
+                let holders = holders(&self.sys, number);
+                if !holders.is_empty() {
+                    return Err(BcacheError::InUse { number, holders });
+                }
+            }
+            None if self.does_not_run(below)? => {}
+            None => return Ok(()),
         }
         self.write("stop a device", &folder.join("stop"), "1")?;
         self.settled("stop a device", &folder, |folder| !folder.exists())

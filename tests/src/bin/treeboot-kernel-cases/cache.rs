@@ -11,9 +11,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use treeboot_dm::bcache::{Bcache, DATA_OFFSET};
 use treeboot_dm::group::{CacheDevice, Config, Filler, Group, GroupError, Kind, Pace};
 use treeboot_dm::loops::{self, LoopDevice};
-use treeboot_dm::{DmDevice, Mapper, Mode, Outcome, Sectors};
+use treeboot_dm::{DmDevice, Line, Mapper, Mode, Outcome, Sectors, Table, Target};
 
 use crate::devices::{self, Image, command, direct, drop_page_cache, empty_loop, read, scratch, wait_for};
 
@@ -39,6 +40,10 @@ pub(crate) const GROUP: crate::Group = crate::Group {
         ("bcache_is_taken_over_and_closed_and_found_again", || {
             found_again(Kind::Bcache)
         }),
+        (
+            "a_bcache_device_that_does_not_run_is_let_go",
+            a_device_that_does_not_run,
+        ),
         ("dm_cache_is_taken_over_and_closed_and_found_again", || {
             found_again(Kind::DmCache)
         }),
@@ -86,6 +91,9 @@ pub(crate) const MIB: u64 = 1 << 20;
 
 /// A cache, sparse. bcache keeps the more of what is read the more buckets it has: this makes 16,384.
 pub(crate) const CACHE_BYTES: u64 = 1032 * MIB;
+
+/// Of a device that bcache has stopped.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(10);
 
 /// What the filler goes at in every case; fast enough for bcache to keep nearly all.
 const BYTES_PER_SECOND: u64 = 20_000_000;
@@ -365,6 +373,62 @@ fn found_again(kind: Kind) -> Result<()> {
         "a cache of before a power cut was used: only {shipped} bytes were read"
     );
     Ok(())
+}
+
+/// Registered, with nothing over it, as an agent leaves one that is killed while the kernel starts it. Here it waits for its set.
+fn a_device_that_does_not_run() -> Result<()> {
+    let device = empty_loop("cache", CACHE_BYTES)?;
+    let mut bench = Bench::open(Kind::Bcache, &[&device])?;
+    let image = Image::make(&bench.mapper, 8 * MIB, 1)?;
+    bench.add(&image)?;
+    bench.release(&image)?;
+    let Bench {
+        mapper,
+        config,
+        group,
+    } = bench;
+    group.close()?;
+    // Attached once, its superblock says so, and the kernel does not let it run without.
+    let superblock = config.folder.join(format!("{}.superblock", image.digest));
+    let head = loops::attach(&superblock, Mode::ReadWrite, 0)?;
+    let line = |start, length, device| Line {
+        start,
+        length,
+        target: Target::Linear {
+            device,
+            offset: Sectors(0),
+        },
+    };
+    let table = Table::new(vec![
+        line(Sectors(0), DATA_OFFSET, head.number),
+        line(DATA_OFFSET, image.sectors(), image.joined()?),
+    ])?;
+    let waits = DmDevice::Backing(image.digest);
+    mapper.ensure(&waits, &table, Mode::ReadWrite)?;
+    let below = mapper.number(&waits)?.context("it is there")?;
+    let bcache = Bcache::new()?;
+    let held = || -> Result<bool> { Ok(mapper.find(&waits)?.is_some_and(|seen| seen.open_count > 0)) };
+    for _ in 0..2 {
+        bcache.register(below, &Mapper::path(&waits))?;
+        ensure!(
+            bcache.backing(below)?.is_none() && held()?,
+            "it runs without its set"
+        );
+    }
+    bcache.stop(below)?;
+    wait_for("the end of bcache's hold on it", LETS_GO_WITHIN, || {
+        Ok((!held()?).then_some(()))
+    })?;
+    mapper.remove(&waits)?;
+    loops::detach(&head)?;
+    // What it had cached is found.
+    let mut bench = Bench {
+        group: Group::open(Arc::clone(&mapper), &config)?,
+        mapper,
+        config,
+    };
+    bench.add(&image)?;
+    bench.release(&image)
 }
 
 fn a_foreign_device() -> Result<()> {
