@@ -394,6 +394,7 @@ pub async fn verb_by_verb(
         all.longest = all.longest.max(sum.longest);
         if let Err(error) = outcome {
             println!("{verb:?}, {role:?}: {error:#}");
+            println!("{}", world().agent(role).log_tail());
             findings.push(error);
             ensure!(findings.len() < FINDINGS, "{} findings", findings.len());
             // What one verb left is not found again with each of the others.

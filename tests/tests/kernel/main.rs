@@ -184,9 +184,16 @@ fn plane_cache() -> Result<()> {
     group("plane-cache")
 }
 
+/// At a part of the moments, which `TREEBOOT_SEED` chooses; where `TREEBOOT_STEPS` names a verb, at all of its own.
 #[test]
 fn plane_steps() -> Result<()> {
-    group("plane-steps")
+    let mut environment = String::from("TREEBOOT_CASE_SECONDS=800");
+    for name in ["TREEBOOT_STEPS", "TREEBOOT_SEED"] {
+        if let Ok(value) = std::env::var(name) {
+            environment.push_str(&format!(" {name}={value}"));
+        }
+    }
+    group_within("plane-steps", GROUP_LIMIT, &environment)
 }
 
 /// All moments of each verb, each verb in a guest of its own.
