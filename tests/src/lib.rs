@@ -1,7 +1,8 @@
 //! Real processes under test: daemons as a person would start them, on addresses and in folders of their own, with their end assured.
 //!
 //! `tests/processes` and the programs `treeboot-demo` and `treeboot-bench` are written with it. Deliberately absent there: the daemons' crates.
-//! What is tested is what is installed, over its own wires. Only [`sim`] uses them: it runs their pure parts in virtual time.
+//! What is tested is what is installed, over its own wires. Only the programs that die at a moment of
+//! the test's choice are made of them.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +21,6 @@ pub mod network;
 pub mod reader;
 pub mod relay;
 pub mod scratch;
-pub mod sim;
 pub mod stats;
 pub mod steps;
 pub mod table;

@@ -1,4 +1,4 @@
-//! `cargo xtask sim`: builds `treeboot-sim` of the tests' crate and becomes it.
+//! `cargo xtask sim`: builds `treeboot-sim` and becomes it.
 //!
 //! In the profile for development, in which the trees and the simulation are optimised anyway (`Cargo.toml`), so that a look at a seed
 //! does not wait for a release build of everything.
@@ -37,7 +37,7 @@ pub(crate) fn build() -> Result<PathBuf> {
         "--quiet",
         "--locked",
         "-p",
-        "treeboot-tests",
+        "treeboot-sim",
         "--features",
         "planted-bugs",
         "--bin",

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: everything that must hold before a change goes in, in the order of how fast it can fail.
+//! `cargo xtask test`: everything that must hold before a change goes in, in the order of how fast it can fail, but for clippy, which
+//! runs beside the tests.
 //!
 //! One profile and one set of features for all of it, so that nothing is compiled twice: `cargo build --all-targets` makes
 //! what `cargo test` then runs, and the daemons that its real-process tests start.
@@ -6,7 +7,7 @@
 use std::process::Stdio;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::demo;
 use crate::guest::{self, Kind};
@@ -35,7 +36,7 @@ const PACKAGES: &[&str] = &[
     "vagrant",
 ];
 
-/// Everything is built once, with the kernel plane in it; that the default features compile is checked beside it.
+/// Everything is built once, with the kernel plane in it; the default features are checked beside it.
 const FEATURES: [&str; 2] = ["--features", "kernel-plane"];
 
 /// Options of `cargo xtask test`.
@@ -67,32 +68,19 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
     crate::apt::ensure_packages(PACKAGES)?;
     say("busybox guest");
     let busybox = guest::ensure(Kind::Busybox)?;
-    if !args.no_lint {
-        say("cargo clippy");
-        workspace::run(
-            workspace::cargo()?
-                .args(["clippy", "--workspace", "--all-targets", "--locked", "--quiet"])
-                .args(FEATURES)
-                .args(["--", "-D", "warnings"]),
-        )?;
-        say("cargo check of the default features");
-        workspace::run(workspace::cargo()?.args([
-            "check",
-            "-p",
-            "treeboot-agent",
-            "-p",
-            "treeboot-dm",
-            "--locked",
-            "--quiet",
-        ]))?;
-    }
     say("cargo build");
     workspace::run(
         workspace::cargo()?
             .args(["build", "--workspace", "--all-targets", "--locked"])
             .args(FEATURES),
     )?;
-    say("cargo test");
+    // Tests mostly wait; what they leave of the processor is enough for the lints.
+    let lints = (!args.no_lint).then(|| std::thread::spawn(lint));
+    say(if lints.is_some() {
+        "cargo test, with clippy beside it"
+    } else {
+        "cargo test"
+    });
     let mut test = workspace::cargo()?;
     // All that fails, not the first alone. `--all-targets` leaves out only doctests: examples live in `examples/`.
     test.args([
@@ -110,8 +98,32 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
         // The same random cases in every run: a change is judged by what it does. Runs by hand draw new ones.
         test.env("CI", "1").env("PROPTEST_RNG_SEED", "20261121");
     }
-    // Nothing is printed after this: whoever reads the log finds cargo's own results at its end.
-    workspace::run(&mut test)
+    // Nothing is printed after this where all is well: whoever reads the log finds cargo's own results at its end.
+    let tested = workspace::run(&mut test);
+    let linted = lints.map_or(Ok(()), |lints| {
+        lints.join().unwrap_or_else(|_| bail!("the lints panicked"))
+    });
+    tested.and(linted)
+}
+
+/// clippy, of everything with the kernel plane, and of what is built by default. In a folder of its own: cargo's lock on the other one would
+/// have the tests wait.
+fn lint() -> Result<()> {
+    let target = workspace::target_dir()?.join("lints");
+    let everything = ["--all-targets", FEATURES[0], FEATURES[1]];
+    for chosen in [&everything[..], &[]] {
+        let mut clippy = workspace::patient_cargo()?;
+        clippy
+            .args(["clippy", "--workspace", "--locked", "--quiet"])
+            .args(chosen)
+            .args(["--", "-D", "warnings"])
+            .env("CARGO_TARGET_DIR", &target);
+        let output = clippy.output().context("could not start clippy")?;
+        if !output.status.success() {
+            bail!("clippy: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+    Ok(())
 }
 
 /// rustfmt and clippy, which a minimal toolchain leaves out.

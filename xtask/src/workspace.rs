@@ -28,14 +28,37 @@ pub(crate) fn target_dir() -> Result<PathBuf> {
     }
 }
 
-/// The cargo that started xtask, to be run at the root.
+/// The cargo that started xtask, to be run at the root as a person would run it there: what cargo told xtask of its own package would have
+/// some dependencies built again, whose build scripts look at these variables.
 ///
 /// # Errors
 /// As [`root`].
 pub(crate) fn cargo() -> Result<Command> {
-    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut cargo = Command::new(program);
+    at_the_root(Command::new(program()))
+}
+
+/// As [`cargo`], for what takes the processor only where nobody else wants it.
+///
+/// # Errors
+/// As [`root`].
+pub(crate) fn patient_cargo() -> Result<Command> {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "19"]).arg(program());
+    at_the_root(nice)
+}
+
+fn program() -> std::ffi::OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+fn at_the_root(mut cargo: Command) -> Result<Command> {
     cargo.current_dir(root()?);
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            cargo.env_remove(&name);
+        }
+    }
     Ok(cargo)
 }
 

@@ -4,8 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-use treeboot_tests::sim::Options;
-use treeboot_tests::sim::campaign::{Campaign, REGRESSIONS, run_seed};
+use treeboot_sim::Options;
+use treeboot_sim::campaign::{Campaign, REGRESSIONS, run_seed};
 
 /// Hosts of a fleet.
 const HOSTS: usize = 200;
@@ -89,7 +89,7 @@ fn a_seed_gives_the_same_history_twice() {
 #[cfg(feature = "planted-bugs")]
 #[test]
 fn every_planted_bug_is_found() {
-    use treeboot_tests::sim::bugs;
+    use treeboot_sim::bugs;
 
     assert!(bugs::ALL.len() >= 12);
     let mut unfound = Vec::new();

@@ -10,9 +10,9 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use treeboot_tests::sim::bugs::{self, Bug};
-use treeboot_tests::sim::campaign::{Campaign, REGRESSIONS, Report, run_seed};
-use treeboot_tests::sim::{Options, Outcome, Scenario, shrink};
+use treeboot_sim::bugs::{self, Bug};
+use treeboot_sim::campaign::{Campaign, REGRESSIONS, Report, run_seed};
+use treeboot_sim::{Options, Outcome, Scenario, shrink};
 
 /// Broken seeds that are told in full; the rest are counted.
 const TOLD: usize = 5;

@@ -1,14 +1,10 @@
 //! What nobody claims: found, explained, kept for its grace period and then removed; and left alone where whoever could claim it is silent.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::*;
+use crate::common::*;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 use treeboot_agent::daemon::{Daemon, Options};

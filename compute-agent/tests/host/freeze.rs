@@ -1,17 +1,13 @@
 //! Snapshots of a VM whose guest agent is played by the test: whatever it says, does not say or does too late, the guest goes on, and the
 //! snapshot says what it is. QEMU is played, too: a process that waits, and its sockets.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
-use common::rig::*;
-use common::*;
+use crate::common::rig::*;
+use crate::common::*;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};

@@ -1,12 +1,8 @@
 //! The verbs over a model plane that fails at each step in turn: nothing is left, and a retry succeeds.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use tokio_util::sync::CancellationToken;
 use treeboot_agent::host::{DiskOptions, Host, HostError, Settings};
 use treeboot_agent::journal::Journal;

@@ -1,10 +1,6 @@
 //! Real agents in a chain, over real sessions, under a coordinator that the test plays.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use tokio_util::sync::CancellationToken;
 use treeboot_agent::daemon::{Daemon, DaemonError};
 use treeboot_proto::v1;
@@ -144,6 +140,19 @@ async fn bytes_are_the_same_at_each_level_and_each_chunk_crosses_each_link_once(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_whose_place_is_gone_keeps_its_cache_and_one_whose_image_is_gone_drops_it() {
+    let chain = chain(&["h1"]).await;
+    let host = chain.hosts[0].host();
+    for (drop_cache, kept) in [(false, 1), (true, 0)] {
+        host.attach(&"debian".parse().unwrap()).await.unwrap();
+        chain.play.end("h1", drop_cache);
+        until("the attachment's end", || host.desired().images.is_empty()).await;
+        assert_eq!(host.desired().kept_caches.len(), kept);
+    }
+    chain.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_that_is_no_child_is_refused_by_a_base() {
     let chain = chain(&["h1", "h2"]).await;
     chain.hosts[0]
@@ -185,14 +194,14 @@ async fn a_restart_keeps_disks_and_serves_them_without_the_coordinator() {
     // What needs the coordinator says who is missing; what does not, works.
     let host = chain.hosts[1].host();
     let error = host
-        .create(&common::vm("web-2"), &"other".parse().unwrap())
+        .create(&crate::common::vm("web-2"), &"other".parse().unwrap())
         .await
         .unwrap_err();
     assert!(
         error.to_string().contains(&chain.coordinator.to_string()),
         "{error}"
     );
-    host.create(&common::vm("web-2"), &image).await.unwrap();
+    host.create(&crate::common::vm("web-2"), &image).await.unwrap();
     host.destroy(&vm, false).await.unwrap();
     assert_eq!(host.desired().disks.len(), 1);
     // It is back: the attachments are told again.

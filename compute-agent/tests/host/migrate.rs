@@ -1,15 +1,11 @@
 //! A VM that moves between two hosts, of which either fails or dies at each of its steps in turn: it is on one of them, never on both and
 //! never on none; no byte and no snapshot is lost; nothing is left on the other; and the same call succeeds.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
 use std::time::Duration;
 
-use common::pair::*;
-use common::rig::*;
-use common::*;
+use crate::common::pair::*;
+use crate::common::rig::*;
+use crate::common::*;
 use treeboot_agent::host::{HostError, MigrateRequest, Phase};
 use treeboot_agent::plane::faulty::FaultMode;
 

@@ -1,13 +1,9 @@
 //! A VM whose other host dies at each of its steps once it was asked to take it, and is declared gone for good: the VM is taken back, the
 //! host that does so fails or dies at each of its own steps, and a host that comes back after all finds that it lost what it took.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
-use common::pair::*;
-use common::rig::*;
-use common::*;
+use crate::common::pair::*;
+use crate::common::rig::*;
+use crate::common::*;
 use treeboot_agent::desired::Move;
 use treeboot_agent::host::{HostError, Moved, TakenBack, Underway};
 use treeboot_agent::plane::Plane as _;

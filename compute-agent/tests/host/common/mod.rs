@@ -1,11 +1,6 @@
 //! A coordinator that a test plays, and agents in this process.
 
-#![allow(
-    dead_code,
-    unreachable_pub,
-    clippy::unwrap_used,
-    reason = "parts for tests, of which each uses its own"
-)]
+#![allow(unreachable_pub, reason = "parts for the tests of this program")]
 
 pub mod pair;
 pub mod rig;
@@ -165,8 +160,18 @@ impl Play {
         }
     }
 
-    pub fn push(&self, host: &str, push: v1::push::Push) {
-        self.0.lock().push(host, push);
+    /// A host's attachment is no longer wanted.
+    pub fn end(&self, host: &str, drop_cache: bool) {
+        let mut play = self.0.lock();
+        play.counter += 1;
+        let placement = play.placement(host, &play.images[0]);
+        let detach = v1::Detach {
+            image: play.images[0].id.clone(),
+            epoch: placement.epoch,
+            reason: "the test's".into(),
+            drop_cache,
+        };
+        play.push(host, v1::push::Push::Detach(detach));
     }
 
     pub fn drop_streams(&self) {

@@ -1,12 +1,8 @@
 //! The verbs that change a disk's layers, and clones, over a real user plane that fails or dies at each step in turn: nothing is
 //! left, no byte is lost, and the same call succeeds.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
-
-use common::rig::*;
-use common::*;
+use crate::common::rig::*;
+use crate::common::*;
 use tokio_util::sync::CancellationToken;
 use treeboot_agent::host::{CloneRequest, HostError, chain};
 use treeboot_agent::plane::faulty::FaultMode;
