@@ -1,5 +1,5 @@
-//! `cargo xtask test`: everything that must hold before a change goes in, in the order of how fast it can fail, but for clippy, which
-//! runs beside the tests.
+//! `cargo xtask test`: everything that must hold before a change goes in, in the order of how fast it can fail, but for clippy and
+//! the simulation, which run beside the other tests.
 //!
 //! One profile and one set of features for all of it, so that nothing is compiled twice: `cargo build --all-targets` makes
 //! what `cargo test` then runs, and the daemons that its real-process tests start.
@@ -39,6 +39,12 @@ const PACKAGES: &[&str] = &[
 /// Everything is built once, with the kernel plane in it; the default features are checked beside it.
 const FEATURES: [&str; 2] = ["--features", "kernel-plane"];
 
+/// Tests that compute all the time, and run beside the others.
+const SIMULATION: [&str; 2] = ["no_law_is_broken_in_any_seed", "every_planted_bug_is_found"];
+
+/// For the simulation's seeds, where all other tests come first.
+const SIMULATION_SECONDS: &str = "900";
+
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -74,13 +80,11 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
             .args(["build", "--workspace", "--all-targets", "--locked"])
             .args(FEATURES),
     )?;
-    // Tests mostly wait; what they leave of the processor is enough for the lints.
-    let lints = (!args.no_lint).then(|| std::thread::spawn(lint));
-    say(if lints.is_some() {
-        "cargo test, with clippy beside it"
-    } else {
-        "cargo test"
-    });
+    // Tests mostly wait; what they leave of the processor is enough for the rest.
+    let whole = args.cargo_args.is_empty();
+    let (lints, simulation) = (!args.no_lint, whole);
+    let beside = std::thread::spawn(move || beside(lints, simulation));
+    say("cargo test, and beside it clippy and the simulation");
     let mut test = workspace::cargo()?;
     // All that fails, not the first alone. `--all-targets` leaves out only doctests: examples live in `examples/`.
     test.args([
@@ -98,12 +102,42 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
         // The same random cases in every run: a change is judged by what it does. Runs by hand draw new ones.
         test.env("CI", "1").env("PROPTEST_RNG_SEED", "20261121");
     }
+    if whole {
+        test.arg("--");
+        for name in SIMULATION {
+            test.args(["--skip", name]);
+        }
+    }
     // Nothing is printed after this where all is well: whoever reads the log finds cargo's own results at its end.
     let tested = workspace::run(&mut test);
-    let linted = lints.map_or(Ok(()), |lints| {
-        lints.join().unwrap_or_else(|_| bail!("the lints panicked"))
-    });
-    tested.and(linted)
+    let beside = beside
+        .join()
+        .unwrap_or_else(|_| bail!("what runs beside the tests panicked"));
+    tested.and(beside)
+}
+
+/// What computes, and waits for nothing, at the lowest priority.
+fn beside(lints: bool, simulation: bool) -> Result<()> {
+    let simulated = if simulation { simulate() } else { Ok(()) };
+    let linted = if lints { lint() } else { Ok(()) };
+    simulated.and(linted)
+}
+
+/// The simulation's long tests, whose time limit is for a machine of their own.
+fn simulate() -> Result<()> {
+    let mut test = workspace::patient_cargo()?;
+    test.args(["test", "--workspace", "--locked", "--test", "simulation"])
+        .args(FEATURES)
+        .arg("--")
+        .args(SIMULATION)
+        .env("TREEBOOT_SIM_SECONDS", SIMULATION_SECONDS);
+    let output = test.output().context("could not start the simulation")?;
+    let words = String::from_utf8_lossy(&output.stdout);
+    println!("{words}");
+    if !output.status.success() {
+        bail!("the simulation: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
 }
 
 /// clippy, of everything with the kernel plane, and of what is built by default. In a folder of its own: cargo's lock on the other one would

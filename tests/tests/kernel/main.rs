@@ -186,7 +186,7 @@ fn plane_cache() -> Result<()> {
 
 /// At a part of the moments, which `TREEBOOT_SEED` chooses; where `TREEBOOT_STEPS` names a verb, at all of its own.
 #[test]
-fn plane_steps() -> Result<()> {
+fn agents_killed_at_steps() -> Result<()> {
     let mut environment = String::from("TREEBOOT_CASE_SECONDS=800");
     for name in ["TREEBOOT_STEPS", "TREEBOOT_SEED"] {
         if let Ok(value) = std::env::var(name) {
@@ -199,7 +199,7 @@ fn plane_steps() -> Result<()> {
 /// All moments of each verb, each verb in a guest of its own.
 #[test]
 #[ignore = "takes long: cargo xtask soak kernel"]
-fn plane_steps_whole() -> Result<()> {
+fn agents_killed_at_all_steps() -> Result<()> {
     for (verb, _) in KERNEL_PLANE {
         let environment = format!("TREEBOOT_CASE_SECONDS=1800 TREEBOOT_STEPS={verb:?}");
         group_within("plane-steps", Duration::from_secs(1900), &environment)?;
