@@ -118,9 +118,15 @@ pub(crate) fn run(args: &Args, ci: bool) -> Result<()> {
 
 /// What computes, and waits for nothing, at the lowest priority.
 fn beside(lints: bool, simulation: bool) -> Result<()> {
-    let simulated = if simulation { simulate() } else { Ok(()) };
-    let linted = if lints { lint() } else { Ok(()) };
-    simulated.and(linted)
+    let told = |result: Result<()>| {
+        if let Err(error) = &result {
+            eprintln!("xtask: {error:#}");
+        }
+        result
+    };
+    let linted = if lints { told(lint()) } else { Ok(()) };
+    let simulated = if simulation { told(simulate()) } else { Ok(()) };
+    linted.and(simulated)
 }
 
 /// The simulation's long tests, whose time limit is for a machine of their own.

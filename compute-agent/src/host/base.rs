@@ -371,7 +371,7 @@ impl BaseOwner {
             // The next beat lists what is attached, so the coordinator learns of it anyway.
             tracing::warn!(%image, error = %super::chain(&error), "the coordinator was not told of the detachment");
         }
-        self.forget(&image, keep_cache).await
+        self.forget(image, keep_cache).await
     }
 
     async fn forget(&mut self, image: &ImageId, keep_cache: bool) -> Result<(), HostError> {
