@@ -134,7 +134,8 @@ fn simulate() -> Result<()> {
     let mut test = workspace::patient_cargo()?;
     test.args(["test", "--workspace", "--locked", "--test", "simulation"])
         .args(FEATURES)
-        .arg("--")
+        // How many seeds it came to.
+        .args(["--", "--nocapture"])
         .args(SIMULATION)
         .env("TREEBOOT_SIM_SECONDS", SIMULATION_SECONDS);
     let output = test.output().context("could not start the simulation")?;
