@@ -1,8 +1,7 @@
 //! Real processes under test: daemons as a person would start them, on addresses and in folders of their own, with their end assured.
 //!
 //! `tests/processes` and the programs `treeboot-demo` and `treeboot-bench` are written with it. Deliberately absent there: the daemons' crates.
-//! What is tested is what is installed, over its own wires. Only the programs that die at a moment of
-//! the test's choice are made of them.
+//! What is tested is what is installed, over its own wires. Only the programs that die at a moment of the test's choice are made of them.
 
 #![forbid(unsafe_code)]
 

@@ -132,12 +132,22 @@ impl Bench {
             folder: scratch("group")?,
             devices,
         };
+        Self::again(mapper, config)
+    }
+
+    fn again(mapper: Arc<Mapper>, config: Config) -> Result<Self> {
         let group = Group::open(Arc::clone(&mapper), &config)?;
         Ok(Self {
             mapper,
             config,
             group,
         })
+    }
+
+    /// In order; what it was made of is opened again by [`Bench::again`].
+    fn close(self) -> Result<(Arc<Mapper>, Config)> {
+        self.group.close()?;
+        Ok((self.mapper, self.config))
     }
 
     /// Takes an image in and makes its base.
@@ -323,19 +333,10 @@ fn found_again(kind: Kind) -> Result<()> {
     );
     // It ends in order and comes back.
     bench.release(&image)?;
-    let Bench {
-        mapper,
-        config,
-        group,
-    } = bench;
-    group.close()?;
+    let (mapper, config) = bench.close()?;
     let left: Vec<_> = mapper.list()?.into_iter().map(|seen| seen.device).collect();
     ensure!(left == [DmDevice::Verity(image.digest)], "left behind: {left:?}");
-    let mut bench = Bench {
-        group: Group::open(Arc::clone(&mapper), &config)?,
-        mapper,
-        config,
-    };
+    let mut bench = Bench::again(mapper, config)?;
     bench.add(&image)?;
     let shipped = bench.shipped(&image)?;
     ensure!(
@@ -344,12 +345,7 @@ fn found_again(kind: Kind) -> Result<()> {
     );
     // The power goes, and the machine comes up: what is cached is not trusted.
     bench.release(&image)?;
-    let Bench {
-        mapper,
-        config,
-        group,
-    } = bench;
-    group.close()?;
+    let (mapper, config) = bench.close()?;
     let state = config.folder.join("group");
     let cut: Vec<String> = fs::read_to_string(&state)?
         .lines()
@@ -360,11 +356,7 @@ fn found_again(kind: Kind) -> Result<()> {
         })
         .collect();
     fs::write(&state, cut.join("\n") + "\n")?;
-    let mut bench = Bench {
-        group: Group::open(Arc::clone(&mapper), &config)?,
-        mapper,
-        config,
-    };
+    let mut bench = Bench::again(mapper, config)?;
     bench.add(&image)?;
     // But for what the kernel looks at when a device appears.
     let shipped = bench.shipped(&image)?;
@@ -382,12 +374,7 @@ fn a_device_that_does_not_run() -> Result<()> {
     let image = Image::make(&bench.mapper, 8 * MIB, 1)?;
     bench.add(&image)?;
     bench.release(&image)?;
-    let Bench {
-        mapper,
-        config,
-        group,
-    } = bench;
-    group.close()?;
+    let (mapper, config) = bench.close()?;
     // Attached once, its superblock says so, and the kernel does not let it run without.
     let superblock = config.folder.join(format!("{}.superblock", image.digest));
     let head = loops::attach(&superblock, Mode::ReadWrite, 0)?;
@@ -422,11 +409,7 @@ fn a_device_that_does_not_run() -> Result<()> {
     mapper.remove(&waits)?;
     loops::detach(&head)?;
     // What it had cached is found.
-    let mut bench = Bench {
-        group: Group::open(Arc::clone(&mapper), &config)?,
-        mapper,
-        config,
-    };
+    let mut bench = Bench::again(mapper, config)?;
     bench.add(&image)?;
     bench.release(&image)
 }
