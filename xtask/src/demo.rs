@@ -60,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(file) => (std::path::absolute(file)?, "own image"),
         None => (guest::ensure(args.guest)?, args.guest.name()),
     };
-    let programs = build_release(&["--workspace", "--exclude", "xtask"])?;
+    let programs = build_release(&["--workspace", "--exclude", "xtask", "--exclude", "treeboot-sim"])?;
     let mut demo = Command::new(programs.join("treeboot-demo"));
     demo.env(BIN_DIR, &programs)
         .arg("--hosts")
